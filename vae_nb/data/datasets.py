@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'GridDataset', 'split_sizes', 'distinct_grids', 'make_dataset', 'save_dataset', 'load_dataset',
-           'augment_grids', 'class_counts', 'merged_probs', 'set_log_prob', 'Entropy', 'source_entropy']
+           'augment_grids', 'class_counts', 'merged_probs', 'set_log_prob', 'Entropy', 'source_entropy', 'deflate_nats',
+           'zstd_nats', 'marginal_nats', 'position_nats', 'file_sizes']
 
 # %% ../../nbs/13_datasets.ipynb #60378192
 import io, json, math, zipfile, zlib
@@ -218,14 +219,14 @@ def merged_probs(shapes)->torch.Tensor:
     for s in shapes: total[s.key] = total.get(s.key, 0.) + s.prob
     return torch.tensor([total[s.key] for s in shapes], dtype=torch.float64)
 
-# %% ../../nbs/13_datasets.ipynb #7c8329f3
+# %% ../../nbs/13_datasets.ipynb #0918d4dd
 def set_log_prob(generator:AtomicImageGenerator, # of a recipe without a scene
                  place:torch.Tensor,             # (M, n) placements of n objects
                  colour:torch.Tensor             # (M, n) their colours
                 )->torch.Tensor:                 # (M,) ln p of each unordered set, given n
     "Log-probability of sets of placed, coloured objects under the generator, summed over all orders."
     t, r, n = generator.table, generator.recipe, place.shape[1]
-    shape = torch.bucketize(place, t.first, right=True) - 1
+    shape = torch.bucketize(place.contiguous(), t.first, right=True) - 1
     colours = torch.tensor(r.colours, dtype=torch.float64); colours = colours/colours.sum()
     q = merged_probs(generator.shapes)[shape] * colours[colour.long()-1]
     term = q[..., None] / _free_places(t, shape, place)   # inf where nothing fits: such an order has no part in the sum
@@ -263,3 +264,47 @@ def source_entropy(recipe='simplified', # one without a scene, whose choices can
         h = -torch.cat(parts) - math.log(w) if w else torch.zeros(2, dtype=torch.float64)
         means.append(float(h.mean())); errors.append(float(h.std())/math.sqrt(len(h)))
     return Entropy(float(weights @ means), float(math.sqrt((weights**2) @ np.square(errors))), means)
+
+# %% ../../nbs/13_datasets.ipynb #9c25f7b0
+def deflate_nats(grids, # (N, H, W) uint8
+                 level=9)->float:
+    "What zlib's deflate needs for all `grids` together, in nats a grid."
+    x = torch.as_tensor(grids).cpu().numpy()
+    return len(zlib.compress(np.ascontiguousarray(x).tobytes(), level))*8*math.log(2)/len(x)
+
+# %% ../../nbs/13_datasets.ipynb #1eba8bc9
+def zstd_nats(grids, # (N, H, W) uint8
+              level=19)->float:
+    "What zstd needs for all `grids` together, in nats a grid. Needs the package zstandard (in the extra `dev`)."
+    try: import zstandard
+    except ImportError: raise UserError("zstd_nats needs the package zstandard: pip install zstandard.") from None
+    x = torch.as_tensor(grids).cpu().numpy()
+    return len(zstandard.ZstdCompressor(level=level).compress(np.ascontiguousarray(x).tobytes()))*8*math.log(2)/len(x)
+
+# %% ../../nbs/13_datasets.ipynb #af676936
+def marginal_nats(train:torch.Tensor, test:torch.Tensor, n_symbols=10)->float:
+    "Negative log-likelihood of `test` in nats a grid if every cell is drawn from the colour shares of `train`."
+    c = class_counts(train, n_symbols).double() + 1
+    logp = (c/c.sum()).log()
+    return float(-(class_counts(test, n_symbols) * logp).sum()/len(test))
+
+# %% ../../nbs/13_datasets.ipynb #819eb2a5
+def position_nats(train:torch.Tensor, test:torch.Tensor, n_symbols=10)->float:
+    "The same with the colour shares of each cell's own position."
+    counts = lambda x: torch.stack([(x == c).sum(0) for c in range(n_symbols)]).double()
+    c = counts(train) + 1
+    return float(-(counts(test) * (c/c.sum(0)).log()).sum()/len(test))
+
+# %% ../../nbs/13_datasets.ipynb #80378c76
+def _cells(f)->int:
+    "Number of elements of the array in the open .npy file `f`, from its header."
+    np.lib.format.read_magic(f)
+    return math.prod(np.lib.format.read_array_header_1_0(f)[0])
+
+def file_sizes(path)->dict:
+    "Bytes of a data file: `raw` grids as uint8 in memory, `grids` compressed, `metadata` compressed, and the whole `file`."
+    with zipfile.ZipFile(path) as z:
+        raw = sum(_cells(z.open(f'{k}.npy')) for k in SPLITS)
+        members = {i.filename.removesuffix('.npy'): i for i in z.infolist()}
+    grids = sum(members[k].compress_size for k in SPLITS)
+    return dict(raw=raw, grids=grids, metadata=sum(i.compress_size for i in members.values()) - grids, file=Path(path).stat().st_size)
