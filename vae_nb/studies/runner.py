@@ -344,10 +344,11 @@ def _fail(path, running, notebook, reason, message):
     write_json(path/'failure.json', dict(reason=reason, message=message, time=utc_now(), notebook='run.failed.ipynb', log='run.log'))
     raise RunFailed(path, reason, message)
 
-# %% ../../nbs/60_runner.ipynb #ddd85fdc
+# %% ../../nbs/60_runner.ipynb #d97d7d5c
 def _without_paths(nb, notebook):
-    # papermill notes absolute paths, which mean nothing to a reader and differ between machines
+    "Without this machine's folders, which mean nothing to a reader: papermill notes them, and so do warnings and tracebacks."
     meta = nb['metadata'].get('papermill', {})
     for k, v in dict(input_path=f'experiments/{Path(notebook).name}', output_path='run.ipynb').items():
         if k in meta: meta[k] = v
-    return nb
+    text, root = json.dumps(nb, ensure_ascii=False), load_settings().root
+    return json.loads(text.replace(f'{root}/', '').replace(f'{Path.home()}/', '~/'))
