@@ -138,32 +138,36 @@ def split_params(pairs)->dict:
         if '=' not in p: raise UserError(f"-p {p} lacks a value: write -p {p} VALUE.")
     return dict(p.split('=', 1) for p in pairs or [])
 
-# %% ../nbs/93_cli.ipynb #8f11b603
+# %% ../nbs/93_cli.ipynb #94b79de2
 @app.command(epilog=_examples('vae-nb run experiments/capacity.ipynb --profile quick', 'vae-nb run capacity --profile tiny --seed 3 -p latent_dim 16'))
 def run(notebook: Annotated[str, typer.Argument(help="An experiment: its path, or its name in experiments/.")],
-        profile: Annotated[Optional[str], typer.Option(help="Set of parameters, from the YAML beside the notebook: tiny, quick or full.", show_default='of settings.ini')] = None,
-        seed: Annotated[Optional[int], typer.Option(help="Random seed.", show_default='of settings.ini')] = None,
+        profile: Annotated[Optional[str], typer.Option(help="Set of parameters, from the YAML beside the notebook: tiny, quick or full.", show_default='that of settings.ini')] = None,
+        seed: Annotated[Optional[int], typer.Option(help="Random seed.", show_default='that of settings.ini')] = None,
         param: Annotated[Optional[list[str]], typer.Option('-p', '--param', metavar='NAME VALUE', help="Set one parameter of the notebook; repeatable.")] = None,
         again: Annotated[bool, typer.Option('--again', help="Repeat a run that is complete, from nothing; the old one stays until the new one is complete.")] = False,
         timeout: Annotated[Optional[float], typer.Option(help="Stop after so many seconds.", show_default='no limit')] = None):
-    """Run an experiment in its own folder, runs/NAME/KEY, and print that folder.
+    """Run an experiment and print its folder, runs/NAME/KEY.
 
     The same notebook, parameters, seed and package are never run twice unless asked; an interrupted run goes on from its checkpoints."""
     from vae_nb.studies.runner import run_notebook
     _say(run_notebook(notebook, profile, seed, split_params(param), again=again, timeout=timeout))
 
-# %% ../nbs/93_cli.ipynb #2580892d
+# %% ../nbs/93_cli.ipynb #4aef5fb7
 @app.command(epilog=_examples('vae-nb promote runs/capacity/0123456789ab', 'vae-nb promote $(vae-nb run capacity --profile quick)'))
 def promote(runs: Annotated[list[Path], typer.Argument(help="Folders of complete runs.", metavar='RUN...')],
             keep: Annotated[bool, typer.Option('--keep', help="Keep the run of the same experiment, profile and seed that was promoted before.")] = False):
-    "Copy what a reader needs of complete runs into report/results/ and figures/: metrics, provenance, figures, executed notebook; no weights."
+    """Copy the results of complete runs into the report.
+
+    What a reader needs goes to report/results/ and figures/: metrics, provenance, figures, the executed notebook. No weights."""
     from vae_nb.reporting.promote import promote as promote_run
     for r in runs: _say(promote_run(r, keep=keep))
 
-# %% ../nbs/93_cli.ipynb #089d35dd
+# %% ../nbs/93_cli.ipynb #8b3bd318
 @app.command(epilog=_examples('vae-nb report', 'vae-nb report --strict'))
 def report(strict: Annotated[bool, typer.Option('--strict', help="Refuse runs made by an older notebook or package, instead of marking them.")] = False):
-    "Render README.md, report/report.html and report/report.pdf from the promoted runs and nbs/index.ipynb."
+    """Render the README and the report from promoted runs.
+
+    README.md, report/report.html and report/report.pdf are made from report/results/ and nbs/index.ipynb alone, the same bytes each time."""
     from vae_nb.reporting.report import report as render
     for path in render(strict=strict): _say(path)
 

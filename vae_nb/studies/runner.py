@@ -293,10 +293,12 @@ def _swap(new, old):
     if old.exists(): old.rename(aside)
     new.rename(old); shutil.rmtree(aside, ignore_errors=True)
 
-# %% ../../nbs/60_runner.ipynb #f4c67a4d
+# %% ../../nbs/60_runner.ipynb #7245b8a9
 def _execute(notebook, params, key, path, lock, timeout, show):
     path.mkdir(parents=True, exist_ok=True); s = load_settings()
     for old in ('metrics.json', 'failure.json', 'run.ipynb', 'run.failed.ipynb', 'run.running.ipynb'): (path/old).unlink(missing_ok=True)
+    config = dict(name=notebook.stem, key=key, profile=params['profile'], seed=params['seed'], params=params)
+    write_json(path/'config.json', config)     # what `open_run` will write too, so that a run that fails before is still a run
     nb, stop, running = nbformat.read(notebook, 4), Stopper(), path/'run.running.ipynb'
     progress = Progress(nb, path, show)
     if show: print(f"{run_command(notebook, params)}\n  -> {_short(path, s)}", file=sys.stderr)

@@ -1,0 +1,76 @@
+"What holds the house together: settings that agree, notebooks that are small and clean, a package that is what they export."
+import json, re, subprocess, tomllib
+import pytest
+from conftest import ROOT
+from vae_nb.core import load_settings
+
+S = load_settings(ROOT)
+BOOK, EXPERIMENTS = sorted(S.nbs.glob('*.ipynb')), sorted(S.experiments.glob('*.ipynb'))
+by_name = dict(argvalues=BOOK + EXPERIMENTS, ids=lambda p: p.stem)
+read = lambda p: json.loads(p.read_text())
+source = lambda c: ''.join(c['source'])
+
+def git(*args):
+    r = subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
+    return r.stdout if r.returncode == 0 else None
+
+def test_settings_agree():
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text()); nbdev = project['tool']['nbdev']
+    assert S.nbs == ROOT/nbdev['nbs_path'] and nbdev['lib_path'] == project['project']['name']
+    assert 'tags' in nbdev['allowed_cell_metadata_keys']        # or nbdev-clean removes papermill's parameters tag
+
+@pytest.mark.parametrize('path', **by_name)
+def test_notebook_is_small_and_without_errors(path):
+    nb = read(path); assert path.stat().st_size < 150_000
+    assert not [o for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if o['output_type'] == 'error']
+    assert len({c['id'] for c in nb['cells']}) == len(nb['cells'])
+
+@pytest.mark.parametrize('path', [p for p in BOOK if p.stem != 'index'], ids=lambda p: p.stem)
+def test_notebook_begins_with_a_title_and_a_purpose(path):
+    first = source(read(path)['cells'][0]); assert re.match(r'# .+\n\n> \S', first), first[:80]
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_has_parameters_and_profiles(path):
+    from vae_nb.runs import load_profiles, resolve_params
+    assert {'tiny', 'quick', 'full'} <= set(load_profiles(path))
+    for profile in load_profiles(path): assert resolve_params(path, profile)['profile'] == profile
+
+def test_each_module_has_one_notebook_and_each_notebook_its_module():
+    exported = {}
+    for p in BOOK:
+        for c in read(p)['cells']:
+            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M): exported.setdefault('vae_nb/' + m[1].replace('.', '/') + '.py', []).append(p.name)
+    assert all(len(v) == 1 for v in exported.values()), exported
+    have = {str(p.relative_to(ROOT)) for p in (ROOT/'vae_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+    assert have == set(exported)
+
+def test_rooms_import_only_from_their_floor_and_below():
+    floor = {}
+    for p in BOOK:
+        for c in read(p)['cells']:
+            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M): floor['vae_nb.' + m[1]] = int(p.name[0])
+    for name, level in floor.items():
+        text = (ROOT/(name.replace('.', '/') + '.py')).read_text()
+        package = name.rsplit('.', 1)[0]
+        for dots, target in re.findall(r'^(?:from) (\.+)([\w.]*) import', text, re.M):
+            base = package if len(dots) == 1 else package.rsplit('.', len(dots) - 1)[0]
+            full = f'{base}.{target}' if target else base
+            if full in floor: assert floor[full] <= level, f'{name} imports upward from {full}'
+
+def test_what_git_keeps():
+    files = git('ls-files')
+    if files is None: pytest.skip('not a git checkout')
+    files = files.splitlines()
+    assert not [f for f in files if re.match(r'(runs|data)/', f) or f.endswith(('.safetensors', '.pt', '.npz', '.pkl'))]
+    for p in (ROOT/'vae_nb').rglob('*.py'):
+        r = subprocess.run(['git', 'check-ignore', '-q', str(p.relative_to(ROOT))], cwd=ROOT); assert r.returncode == 1, f'{p} is git-ignored'
+
+FORBIDDEN = re.compile(r'/work/|/tmp/author|\bsubagent|\bClaude\b|\bAnthropic\b', re.I)
+
+def test_the_project_speaks_of_itself_alone():
+    files = git('ls-files', '--cached', '--others', '--exclude-standard')
+    if files is None: pytest.skip('not a git checkout')
+    for f in files.splitlines():
+        p = ROOT/f
+        if p.suffix in ('.ipynb', '.py', '.md', '.yaml', '.toml', '.ini', '.html', '.json') and p.exists() and p.name != 'test_house.py':
+            found = FORBIDDEN.search(p.read_text()); assert not found, f'{f}: {found}'
