@@ -1,6 +1,9 @@
-# make report       quick profile of the main experiment, and the report from it      make test   notebooks and pytest
-# make report-all   every experiment                                                  make lab    JupyterLab
-# make check        generated files, clean notebooks, lint                            make clean  remove what git ignores, but no results
+# make report       quick profile of the main experiment, and the report from it
+# make report-all   quick profile of every experiment, and the report from them
+# make test         the notebooks' own tests, then pytest
+# make check        is the package what the notebooks export, are they clean, lint
+# make lab          JupyterLab
+# make clean        remove the environment and caches; results, runs and data stay
 
 PYTHON ?= python3
 PROFILE ?= quick
@@ -21,7 +24,7 @@ env: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing); vae_nb needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1 || true); vae_nb needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'

@@ -45,18 +45,19 @@ def short_commit(prov)->str:
     c = prov.get('commit')
     return 'no commit' if not c else f"commit {c[:8]}" + (' with local changes' if prov.get('dirty') else '')
 
-# %% ../../nbs/81_report.ipynb #c0fc3600
-def trace_line(rec, # a promoted run
-               link # function from a path to where the page finds it
+# %% ../../nbs/81_report.ipynb #0c2b65e5
+def trace_line(rec,     # a promoted run
+               link,    # function from a path to where the page finds it
+               notebook # path of the experiment
               )->str:
     "Where a figure or table came from, in one small line."
     p = rec['provenance']
-    parts = [f"run [{rec['name']}/{rec['run']}]({link(rec['path']/'run.ipynb')})", f"profile {rec['profile']}, seed {rec['seed']}", short_commit(p),
+    parts = [f"run [{rec['name']}/{rec['run']}]({link(rec['path']/'run.ipynb')}) of [{Path(notebook).name}]({link(notebook)})", f"profile {rec['profile']}, seed {rec['seed']}", short_commit(p),
              (p.get('finished') or 'unknown day')[:10], short_hardware(p), short_time(p.get('seconds'))]
     if rec['old']: parts.append(f"made by {short_commit(p)}; code has changed since")
     return f"<sub>{' · '.join(parts)}</sub>"
 
-# %% ../../nbs/81_report.ipynb #9a15dfdc
+# %% ../../nbs/81_report.ipynb #95e08acd
 class Filler:
     "Fills placeholders from promoted runs."
     def __init__(self, runs, # as from `read_promoted`
@@ -64,6 +65,8 @@ class Filler:
         self.runs, self.s, self.base = runs, settings, Path(base)
 
     def link(self, path): return os.path.relpath(path, self.base).replace(os.sep, '/').replace(' ', '%20')
+
+    def trace(self, rec): return trace_line(rec, self.link, self.s.experiments/f"{rec['name']}.ipynb")
 
     def find(self, ref, text):
         "The promoted run `ref`, or None if it could exist and does not. Raises `UserError` if there is no such experiment or profile."
@@ -105,26 +108,26 @@ def _value(self:Filler, rec, name, spec=None, text=''):
 
 Filler.pick, Filler.value = _pick, _value
 
-# %% ../../nbs/81_report.ipynb #4bd67331
+# %% ../../nbs/81_report.ipynb #0db2c07f
 def _table(self:Filler, rec, name, text=''):
     t = self.pick(rec, 'tables', name, text); head = f"**{t['caption']}**\n\n" if t.get('caption') else ''
-    return f"{head}{t['markdown']}\n\n{trace_line(rec, self.link)}"
+    return f"{head}{t['markdown']}\n\n{self.trace(rec)}"
 
 def _figure(self:Filler, rec, name, text=''):
     caption = self.pick(rec, 'figures', name, text); path = self.s.figures/rec['name']/rec['run']/f'{name}.png'
     if not path.exists(): raise UserError(f"Placeholder {{{{{text}}}}}: {os.path.relpath(path, self.s.root)} is missing: promote the run again.")
     alt = (caption or name.replace('_', ' ')).replace('[', '(').replace(']', ')')
-    return f"![{alt}]({self.link(path)})\n\n" + (f"{caption}\n\n" if caption else '') + trace_line(rec, self.link)
+    return f"![{alt}]({self.link(path)})\n\n" + (f"{caption}\n\n" if caption else '') + self.trace(rec)
 
 def _tables(self:Filler, rec, text=''): return '\n\n'.join(self.table(rec, n, text) for n in rec['metrics'].get('tables', {}))
 def _figures(self:Filler, rec, text=''): return '\n\n'.join(self.figure(rec, n, text) for n in rec['metrics'].get('figures', {}))
 
 Filler.table, Filler.figure, Filler.tables, Filler.figures = _table, _figure, _tables, _figures
 
-# %% ../../nbs/81_report.ipynb #a7f94ce8
+# %% ../../nbs/81_report.ipynb #785ed369
 def _provenance(self:Filler, rec, text=''):
     p = rec['provenance']; versions = ', '.join(f'{k} {v}' for k, v in (p.get('versions') or {}).items())
-    return f"{trace_line(rec, self.link)}\n\n<sub>{versions}</sub>"
+    return f"{self.trace(rec)}\n\n<sub>{versions}</sub>"
 
 def _all_runs(self:Filler):
     if not self.runs: return '*No run has been promoted yet.*'
