@@ -127,11 +127,11 @@ def markdown_table(rows,        # a list of dicts, or a DataFrame (its index bec
     head = ['| ' + ' | '.join(map(str, columns)) + ' |', '|' + '|'.join('---:' if num(c) else '---' for c in columns) + '|']
     return '\n'.join(head + ['| ' + ' | '.join(format_cell(r.get(c), digits) for c in columns) + ' |' for r in rows])
 
-# %% ../nbs/01_runs.ipynb #1ac33ef1
+# %% ../nbs/01_runs.ipynb #8fdd6af8
 def set_style():
     "Plot defaults of the project: small, light, colour-blind safe."
     import matplotlib.pyplot as plt, seaborn as sns
-    sns.set_theme(context='notebook', style='whitegrid', palette='colorblind', font_scale=0.8)
+    sns.set_theme(context='notebook', style='ticks', palette='colorblind', font_scale=0.8)
     plt.rcParams.update({'figure.dpi': 80, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'axes.spines.top': False,
                          'axes.spines.right': False, 'image.interpolation': 'nearest', 'legend.frameon': False})
 
