@@ -29,7 +29,8 @@ class Project:
         nbformat.write(nb, self.root/'experiments'/f'{name}.ipynb')
         (self.root/'experiments'/f'{name}.yaml').write_text(f'profiles:\n{profiles}')
 
-    def env(self): return {k: v for k, v in os.environ.items() if k != 'VAE_NB_RUN'} | dict(OMP_NUM_THREADS='1', NO_COLOR='1', COLUMNS='120')
+    def env(self):
+        return {k: v for k, v in os.environ.items() if k != 'VAE_NB_RUN'} | dict(OMP_NUM_THREADS='1', NO_COLOR='1', COLUMNS='120')
 
     def start(self, *args, **kw):
         return subprocess.Popen([Path(sys.executable).with_name('vae-nb'), *map(str, args)], cwd=self.root, env=self.env(), text=True,

@@ -18,14 +18,16 @@ def free_port():
 def lab(tmp_path):
     "JupyterLab on a copy of the book (it writes checkpoints beside what it opens), with settings of its own."
     root = tmp_path/'copy'; root.mkdir()
-    for n in ('nbs', 'vae_nb', 'experiments'): shutil.copytree(ROOT/n, root/n, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for n in ('nbs', 'vae_nb', 'experiments'): shutil.copytree(ROOT/n, root/n, ignore=skip)
     for n in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/n, root/n)
     own = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_SETTINGS_DIR',
                                                 'JUPYTERLAB_WORKSPACES_DIR', 'IPYTHONDIR')}
     port = free_port(); url = f'http://127.0.0.1:{port}'
     with open(tmp_path/'lab.log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-            '--IdentityProvider.token=', '--ServerApp.password=', '--allow-root', f'--ServerApp.root_dir={root}', '--LabApp.news_url=None',
+        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
+            '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--ServerApp.password=',
+            '--allow-root', f'--ServerApp.root_dir={root}', '--LabApp.news_url=None',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(300):
@@ -43,9 +45,11 @@ def test_run_all_shows_a_figure(lab, name, tmp_path):
         page.goto(f'{lab}/lab/tree/nbs/{name}.ipynb?reset')
         nb = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook'); nb.locator('.jp-CodeCell').first.wait_for(timeout=60_000)
         page.get_by_text('| Idle').wait_for(timeout=60_000)                    # before that, Run All is silently dropped
-        page.get_by_role('menuitem', name='Edit', exact=True).click(); page.get_by_role('menuitem', name='Clear Outputs of All Cells', exact=True).click()
+        def menu(*names):
+            for n in names: page.get_by_role('menuitem', name=n, exact=True).click()
+        menu('Edit', 'Clear Outputs of All Cells')
         expect(nb.locator('.jp-OutputArea-output img')).to_have_count(0)       # so the figure seen below was made just now
-        page.get_by_role('menuitem', name='Run', exact=True).click(); page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+        menu('Run', 'Run All Cells')
         image = nb.locator('.jp-OutputArea-output img').first; expect(image).to_be_visible(timeout=120_000)
         page.get_by_text('| Idle').wait_for(timeout=120_000)
         assert image.evaluate('i => i.naturalWidth') > 50

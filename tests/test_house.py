@@ -35,20 +35,21 @@ def test_experiment_has_parameters_and_profiles(path):
     assert {'tiny', 'quick', 'full'} <= set(load_profiles(path))
     for profile in load_profiles(path): assert resolve_params(path, profile)['profile'] == profile
 
-def test_each_module_has_one_notebook_and_each_notebook_its_module():
-    exported = {}
+def exports():
+    "{module: [notebooks that export it]}"
+    res = {}
     for p in BOOK:
-        for c in read(p)['cells']:
-            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M): exported.setdefault('vae_nb/' + m[1].replace('.', '/') + '.py', []).append(p.name)
-    assert all(len(v) == 1 for v in exported.values()), exported
+        found = (re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M) for c in read(p)['cells'])
+        for m in filter(None, found): res.setdefault('vae_nb.' + m[1], []).append(p)
+    return res
+
+def test_each_module_has_one_notebook_and_each_notebook_its_module():
+    assert all(len(v) == 1 for v in exports().values()), exports()
     have = {str(p.relative_to(ROOT)) for p in (ROOT/'vae_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
-    assert have == set(exported)
+    assert have == {m.replace('.', '/') + '.py' for m in exports()}
 
 def test_rooms_import_only_from_their_floor_and_below():
-    floor = {}
-    for p in BOOK:
-        for c in read(p)['cells']:
-            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M): floor['vae_nb.' + m[1]] = int(p.name[0])
+    floor = {m: int(p[0].name[0]) for m, p in exports().items()}
     for name, level in floor.items():
         text = (ROOT/(name.replace('.', '/') + '.py')).read_text()
         package = name.rsplit('.', 1)[0]
@@ -63,7 +64,7 @@ def test_what_git_keeps():
     files = files.splitlines()
     assert not [f for f in files if re.match(r'(runs|data)/', f) or f.endswith(('.safetensors', '.pt', '.npz', '.pkl'))]
     for p in (ROOT/'vae_nb').rglob('*.py'):
-        r = subprocess.run(['git', 'check-ignore', '-q', str(p.relative_to(ROOT))], cwd=ROOT); assert r.returncode == 1, f'{p} is git-ignored'
+        assert git('check-ignore', '-q', str(p.relative_to(ROOT))) is None, f'{p} is git-ignored'
 
 FORBIDDEN = re.compile(r'/work/|/tmp/author|\bsubagent|\bClaude\b|\bAnthropic\b', re.I)
 

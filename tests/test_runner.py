@@ -1,5 +1,5 @@
 "What a lesson cannot show: runs that are killed, stopped, raced for and repeated."
-import json, os, signal
+import json, signal
 import pytest
 from conftest import kernels, one_sentence, wait_for
 from vae_nb.core import UserError
@@ -43,7 +43,8 @@ def test_killed_kernel_is_never_a_success(project):
     with pytest.raises(RunFailed) as e: run_notebook('toy', show=False)
     assert e.value.reason == 'kernel died' and 'signal 9' in e.value.message
     nb = json.loads((e.value.path/'run.failed.ipynb').read_text())
-    assert all(c['metadata']['papermill']['status'] == 'completed' for c in nb['cells']) and not nb['metadata']['papermill']['exception']  # the trap
+    assert {c['metadata']['papermill']['status'] for c in nb['cells']} == {'completed'}           # the trap
+    assert not nb['metadata']['papermill']['exception']
     assert run_status(e.value.path).state == 'failed' and not (e.value.path/'metrics.json').exists()
 
 def test_timeout_leaves_no_kernel(project):

@@ -30,19 +30,19 @@ def _is_widget(out): return 'application/vnd.jupyter.widget-view+json' in out.ge
 
 def _left_out(size): return dict(output_type='stream', name='stdout', text=[f'(an output of {size/1e6:.1f} MB is left out here)\n'])
 
-# %% ../../nbs/80_promote.ipynb #6d3d61ed
+# %% ../../nbs/80_promote.ipynb #60b8d895
 def slim_notebook(nb:dict,            # an executed notebook
                   link:str,           # where its figures lie, relative to the notebook
                   limit=notebook_limit
                  )->dict:
     "The notebook with figures as links, without widgets, below `limit` bytes."
     nb['metadata'].pop('widgets', None)
-    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    code, size = [c for c in nb['cells'] if c['cell_type'] == 'code'], lambda o: len(json.dumps(o))
     for c in code: c['outputs'] = [_link_figure(o, link) for o in c['outputs'] if not _is_widget(o)]
-    size = lambda o: len(json.dumps(o))
-    for c, i in sorted(((c, i) for c in code for i in range(len(c['outputs']))), key=lambda p: -size(p[0]['outputs'][p[1]])):
-        if size(nb) <= limit or c['outputs'][i]['output_type'] == 'error': break
-        c['outputs'][i] = _left_out(size(c['outputs'][i]))
+    outputs = [(size(o), c['outputs'], i) for c in code for i, o in enumerate(c['outputs'])]
+    for n, outs, i in sorted(outputs, key=lambda o: -o[0]):
+        if size(nb) <= limit: break
+        outs[i] = _left_out(n)
     return nb
 
 # %% ../../nbs/80_promote.ipynb #60d3debb
@@ -76,12 +76,12 @@ def _require_complete(path):
     if status.state != 'complete': raise UserError(f"{path} is {status.state}: {status.reason}.")
     return read_run(path)
 
-# %% ../../nbs/80_promote.ipynb #2f23c5f2
+# %% ../../nbs/80_promote.ipynb #1436e8bc
 def promote(run,           # a run folder
             settings=None, # folders; None: those of settings.ini
             keep=False     # keep an older run of the same command
            )->Path:        # the folder of the result
-    "Copy a complete run's results into report/results/ and figures/. Raises `UserError`, naming the run and the reason, if it is not complete."
+    "Copy the results of a complete run. Raises `UserError`, naming the run and the reason, if it is not complete."
     s = settings or load_settings(); rec = _require_complete(run); name, short = rec['config']['name'], promoted_name(rec['config'])
     dest, figs = s.report/'results'/name/short, s.figures/name/short
     with atomic_folder(figs) as f:
@@ -93,24 +93,28 @@ def promote(run,           # a run folder
     if not keep: _drop_older(s, name, dest, rec['provenance'].get('command'))
     return dest
 
-# %% ../../nbs/80_promote.ipynb #fd3abcf6
+# %% ../../nbs/80_promote.ipynb #c788f893
 def _drop_older(s, name, dest, command):
     "Remove other promoted runs of the same command, and figures that belong to no result."
     for p in sorted((s.report/'results'/name).iterdir()):
-        if p != dest and (p/'provenance.json').exists() and read_json(p/'provenance.json', 'provenance').get('command') == command: shutil.rmtree(p)
+        record = p/'provenance.json'
+        if p != dest and record.exists() and read_json(record, 'provenance').get('command') == command: shutil.rmtree(p)
     for p in sorted((s.figures/name).iterdir()):
         if p.is_dir() and not (s.report/'results'/name/p.name).exists(): shutil.rmtree(p)
 
-# %% ../../nbs/80_promote.ipynb #5f767147
+# %% ../../nbs/80_promote.ipynb #b8983c68
+def _read_result(path, s, package):
+    rec = read_run(path); cfg, prov = rec['config'], rec['provenance']; nb = path/'run.ipynb'
+    if not rec['metrics'] or not prov or not nb.exists() or unfinished_cells(read_json(nb, 'executed notebook')):
+        raise UserError(f"{os.path.relpath(path, s.root)} is not the result of a complete run: promote it again, or remove it.")
+    source = s.experiments/f"{cfg['name']}.ipynb"; now = (package, hash_notebook(source) if source.exists() else None)
+    return rec | dict(ref=f"{cfg['name']}.{cfg['profile']}", name=cfg['name'], profile=cfg['profile'], seed=cfg['seed'], run=path.name,
+                      old=(prov.get('package_hash'), prov.get('notebook_hash')) != now)
+
 def read_promoted(settings=None)->list: # dicts: ref, name, profile, seed, run, path, config, provenance, metrics, old
-    "All promoted runs: by name, then profile, then the plainest command, lowest seed and newest first. Raises `UserError` naming a damaged one."
-    s = settings or load_settings(); package = hash_package(s.root); res = []
-    for path in sorted(p for p in (s.report/'results').glob('*/*') if p.is_dir() and not p.name.startswith('.')):
-        rec = read_run(path); cfg, prov, where = rec['config'], rec['provenance'], os.path.relpath(path, s.root)
-        if not rec['metrics'] or not prov or not (path/'run.ipynb').exists() or unfinished_cells(read_json(path/'run.ipynb', 'executed notebook')):
-            raise UserError(f"{where} is not the result of a complete run: promote it again, or remove it.")
-        nb = s.experiments/f"{cfg['name']}.ipynb"; now = hash_notebook(nb) if nb.exists() else None
-        res.append(dict(rec, ref=f"{cfg['name']}.{cfg['profile']}", name=cfg['name'], profile=cfg['profile'], seed=cfg['seed'], run=path.name,
-                        old=(prov.get('package_hash'), prov.get('notebook_hash')) != (package, now)))
+    "All promoted runs; of one profile the plainest command, lowest seed and newest first. Raises `UserError` naming a damaged one."
+    s = settings or load_settings(); package = hash_package(s.root)
+    found = sorted(p for p in (s.report/'results').glob('*/*') if p.is_dir() and not p.name.startswith('.'))
+    res = [_read_result(p, s, package) for p in found]
     res.sort(key=lambda r: r['provenance'].get('finished') or '', reverse=True)
     return sorted(res, key=lambda r: (r['name'], r['profile'], (r['provenance'].get('command') or '').count(' -p '), r['seed']))

@@ -16,19 +16,20 @@ from ..core import UserError, atomic_write, load_settings, nearest, read_json
 from ..runs import format_cell, load_profiles, markdown_table
 from .promote import read_promoted
 
-# %% ../../nbs/81_report.ipynb #67b81609
+# %% ../../nbs/81_report.ipynb #9683aeab
 _parts = re.compile(r'\{\{(.*?)\}\}', re.S)
 _arity = dict(value=(2, 3), table=(2, 2), figure=(2, 2), tables=(1, 1), figures=(1, 1), provenance=(1, 1), reproduce=(1, 1), runs=(0, 0),
               **{'if': (1, 1), 'else': (0, 0), 'end': (0, 0)})
 
+def _wrong(text, what): return UserError(f"Placeholder {{{{{text}}}}}{what}")
+
 def parse_placeholder(text:str)->list: # [word, *arguments]
     "Split the inside of a placeholder. Raises `UserError` for an unknown word or a wrong number of arguments."
-    try: words = shlex.split(text)
-    except ValueError as e: raise UserError(f"Placeholder {{{{{text}}}}} cannot be read: {e}.") from None
-    if not words or words[0] not in _arity: raise UserError(f"Placeholder {{{{{text}}}}} is unknown.{nearest(words[0] if words else '', _arity)}")
-    low, high = _arity[words[0]]
-    if not low <= len(words) - 1 <= high:
-        raise UserError(f"Placeholder {{{{{text}}}}} has {len(words) - 1} arguments, and takes {low if low == high else f'{low} or {high}'}.")
+    try: words = shlex.split(text) or ['']
+    except ValueError as e: raise _wrong(text, f" cannot be read: {e}.") from None
+    if words[0] not in _arity: raise _wrong(text, f" is unknown.{nearest(words[0], _arity)}")
+    low, high = _arity[words[0]]; n = len(words) - 1
+    if not low <= n <= high: raise _wrong(text, f" has {n} arguments, and takes {low if low == high else f'{low} or {high}'}.")
     return words
 
 # %% ../../nbs/81_report.ipynb #be67a6a2
@@ -45,19 +46,20 @@ def short_commit(prov)->str:
     c = prov.get('commit')
     return 'no commit' if not c else f"commit {c[:8]}" + (' with local changes' if prov.get('dirty') else '')
 
-# %% ../../nbs/81_report.ipynb #0c2b65e5
+# %% ../../nbs/81_report.ipynb #979a5b63
 def trace_line(rec,     # a promoted run
                link,    # function from a path to where the page finds it
                notebook # path of the experiment
               )->str:
     "Where a figure or table came from, in one small line."
     p = rec['provenance']
-    parts = [f"run [{rec['name']}/{rec['run']}]({link(rec['path']/'run.ipynb')}) of [{Path(notebook).name}]({link(notebook)})", f"profile {rec['profile']}, seed {rec['seed']}", short_commit(p),
+    parts = [f"run [{rec['name']}/{rec['run']}]({link(rec['path']/'run.ipynb')}) of [{Path(notebook).name}]({link(notebook)})",
+             f"profile {rec['profile']}, seed {rec['seed']}", short_commit(p),
              (p.get('finished') or 'unknown day')[:10], short_hardware(p), short_time(p.get('seconds'))]
     if rec['old']: parts.append(f"made by {short_commit(p)}; code has changed since")
     return f"<sub>{' · '.join(parts)}</sub>"
 
-# %% ../../nbs/81_report.ipynb #95e08acd
+# %% ../../nbs/81_report.ipynb #5ab0d641
 class Filler:
     "Fills placeholders from promoted runs."
     def __init__(self, runs, # as from `read_promoted`
@@ -73,9 +75,9 @@ class Filler:
         found = next((r for r in self.runs if r['ref'] == ref), None)
         if found: return found
         name, _, profile = ref.partition('.'); known = {p.stem for p in self.s.experiments.glob('*.ipynb')} | {r['name'] for r in self.runs}
-        if name not in known: raise UserError(f"Placeholder {{{{{text}}}}}: there is no experiment {name!r}.{nearest(name, sorted(known))}")
+        if name not in known: raise _wrong(text, f": there is no experiment {name!r}.{nearest(name, sorted(known))}")
         profiles = load_profiles(self.s.experiments/f'{name}.ipynb')
-        if profile not in profiles: raise UserError(f"Placeholder {{{{{text}}}}}: {name} has no profile {profile!r}.{nearest(profile, profiles)}")
+        if profile not in profiles: raise _wrong(text, f": {name} has no profile {profile!r}.{nearest(profile, profiles)}")
 
     def command(self, ref, rec):
         name, _, profile = ref.partition('.')
@@ -92,30 +94,30 @@ class Filler:
         if rec is None: return f"({self.missing(args[0])})" if word == 'value' else f"*{word.capitalize()} {self.missing(args[0])}*"
         return getattr(self, word)(rec, *args[1:], text=text)
 
-# %% ../../nbs/81_report.ipynb #f48b97d8
+# %% ../../nbs/81_report.ipynb #26d9ff2f
 def _pick(self:Filler, rec, kind, name, text):
     "An entry of a run's metrics, tables or figures."
     have = rec['metrics'].get(kind) or {}
     if name not in have:
         what = dict(metrics='metric', tables='table', figures='figure')[kind]
-        raise UserError(f"Placeholder {{{{{text}}}}}: run {rec['name']}/{rec['run']} has no {what} {name!r}.{nearest(name, have) if have else ''}")
+        raise _wrong(text, f": run {rec['name']}/{rec['run']} has no {what} {name!r}.{nearest(name, have) if have else ''}")
     return have[name]
 
 def _value(self:Filler, rec, name, spec=None, text=''):
     v = self.pick(rec, 'metrics', name, text)
     try: return format(v, spec) if spec else format_cell(v)
-    except (ValueError, TypeError): raise UserError(f"Placeholder {{{{{text}}}}}: {v!r} cannot be written as {spec!r}.") from None
+    except (ValueError, TypeError): raise _wrong(text, f": {v!r} cannot be written as {spec!r}.") from None
 
 Filler.pick, Filler.value = _pick, _value
 
-# %% ../../nbs/81_report.ipynb #0db2c07f
+# %% ../../nbs/81_report.ipynb #c4f50492
 def _table(self:Filler, rec, name, text=''):
     t = self.pick(rec, 'tables', name, text); head = f"**{t['caption']}**\n\n" if t.get('caption') else ''
     return f"{head}{t['markdown']}\n\n{self.trace(rec)}"
 
 def _figure(self:Filler, rec, name, text=''):
     caption = self.pick(rec, 'figures', name, text); path = self.s.figures/rec['name']/rec['run']/f'{name}.png'
-    if not path.exists(): raise UserError(f"Placeholder {{{{{text}}}}}: {os.path.relpath(path, self.s.root)} is missing: promote the run again.")
+    if not path.exists(): raise _wrong(text, f": {os.path.relpath(path, self.s.root)} is missing: promote the run again.")
     alt = (caption or name.replace('_', ' ')).replace('[', '(').replace(']', ')')
     return f"![{alt}]({self.link(path)})\n\n" + (f"{caption}\n\n" if caption else '') + self.trace(rec)
 
@@ -124,16 +126,18 @@ def _figures(self:Filler, rec, text=''): return '\n\n'.join(self.figure(rec, n, 
 
 Filler.table, Filler.figure, Filler.tables, Filler.figures = _table, _figure, _tables, _figures
 
-# %% ../../nbs/81_report.ipynb #785ed369
+# %% ../../nbs/81_report.ipynb #ea98871d
 def _provenance(self:Filler, rec, text=''):
     p = rec['provenance']; versions = ', '.join(f'{k} {v}' for k, v in (p.get('versions') or {}).items())
     return f"{self.trace(rec)}\n\n<sub>{versions}</sub>"
 
 def _all_runs(self:Filler):
     if not self.runs: return '*No run has been promoted yet.*'
-    row = lambda r: {'run': f"[{r['name']}/{r['run']}]({self.link(r['path']/'run.ipynb')})", 'made by': short_commit(r['provenance']) + (' (older code)' if r['old'] else ''),
-                     'day': (r['provenance'].get('finished') or '')[:10], 'on': short_hardware(r['provenance']), 'took': short_time(r['provenance'].get('seconds')),
-                     'command': f"`{r['provenance'].get('command')}`"}
+    def row(r):
+        p = r['provenance']
+        link = f"[{r['name']}/{r['run']}]({self.link(r['path']/'run.ipynb')})"
+        return {'run': link, 'made by': short_commit(p) + (' (older code)' if r['old'] else ''), 'day': (p.get('finished') or '')[:10],
+                'on': short_hardware(p), 'took': short_time(p.get('seconds')), 'command': f"`{p.get('command')}`"}
     return markdown_table([row(r) for r in self.runs])
 
 Filler.provenance, Filler.all_runs = _provenance, _all_runs
@@ -168,20 +172,25 @@ def page_markdown(settings, runs, base)->str:
         parts.append(src)
     return fill('\n\n'.join(parts), filler).strip() + '\n'
 
-# %% ../../nbs/81_report.ipynb #406bdfd9
+# %% ../../nbs/81_report.ipynb #09de244a
 style = """<style>
-body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #222; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin-top: 2em; } h1 { margin-top: 0; } h2 { border-bottom: 1px solid #ddd; padding-bottom: .2em; }
-img { max-width: 100%; display: block; margin: 1.5em auto .5em; } sub { color: #666; font-size: .75em; vertical-align: baseline; }
-table { border-collapse: collapse; margin: 1em 0; font-size: .88em; display: block; overflow-x: auto; } caption { text-align: left; }
+img { max-width: 100%; display: block; margin: 1.5em auto .5em; }
+sub { color: #666; font-size: .75em; vertical-align: baseline; }
+table { border-collapse: collapse; margin: 1em 0; font-size: .88em; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; vertical-align: top; } th { border-bottom: 2px solid #999; }
-pre { background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap; font-size: .85em; } code { font-size: .9em; background: #f6f8fa; }
-blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid #ccc; color: #444; } a { color: #0b5394; }
-@media print { body { max-width: none; margin: 0; font-size: 11px; } table { display: table; } tr, img, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+pre { background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap; font-size: .85em; }
+code { font-size: .9em; background: #f6f8fa; } a { color: #0b5394; }
+blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid #ccc; color: #444; }
+@media print {
+  body { max-width: none; margin: 0; font-size: 11px; } table { display: table; }
+  tr, img, pre { break-inside: avoid; } h2, h3 { break-after: avoid; }
+}
 </style>"""
 
-# %% ../../nbs/81_report.ipynb #fcc83d3e
-def to_html(markdown:str, 
+# %% ../../nbs/81_report.ipynb #3aad849b
+def to_html(markdown:str,
             folder # where links and pictures start
            )->str:
     "One HTML page with everything inside."
@@ -189,10 +198,10 @@ def to_html(markdown:str,
     with tempfile.TemporaryDirectory() as d:
         head = Path(d)/'head.html'; head.write_text(style)
         return pypandoc.convert_text(markdown, 'html5', format='gfm+tex_math_dollars-yaml_metadata_block', extra_args=[
-            '--standalone', '--embed-resources', '--mathml', f'--resource-path={folder}', f'--include-in-header={head}', '--variable=document-css=false',
-            f'--metadata=pagetitle={title}', '--metadata=lang=en', '--wrap=preserve', '--quiet'])
+            '--standalone', '--embed-resources', '--mathml', f'--resource-path={folder}', f'--include-in-header={head}',
+            '--variable=document-css=false', f'--metadata=pagetitle={title}', '--metadata=lang=en', '--wrap=preserve', '--quiet'])
 
-# %% ../../nbs/81_report.ipynb #b5bf0c07
+# %% ../../nbs/81_report.ipynb #629a3cf9
 def find_chromium():
     "Path of a Chromium or Chrome, or None."
     return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), None)
@@ -202,10 +211,12 @@ def to_pdf(html:str, chromium, date:str)->bytes: # date: ISO 8601
     html = re.sub(r'<a href="(?!https?:|#)[^"]*"', '<a', html)      # a printed link to a file would hold this machine's folders
     with tempfile.TemporaryDirectory() as d:
         page, out = Path(d)/'report.html', Path(d)/'report.pdf'; page.write_text(html)
-        cmd = [chromium, '--headless=new', '--disable-gpu', '--no-pdf-header-footer', f'--user-data-dir={d}/profile', f'--print-to-pdf={out}', page.as_uri()]
+        cmd = [chromium, '--headless=new', '--disable-gpu', '--no-pdf-header-footer', f'--user-data-dir={d}/profile',
+               f'--print-to-pdf={out}', page.as_uri()]
         if os.geteuid() == 0: cmd.insert(1, '--no-sandbox')
         try: subprocess.run(cmd, capture_output=True, timeout=120, check=True)
-        except (OSError, subprocess.SubprocessError) as e: raise RuntimeError(f'{Path(chromium).name} could not print the page ({type(e).__name__})') from None
+        except (OSError, subprocess.SubprocessError) as e:
+            raise RuntimeError(f'{Path(chromium).name} could not print it ({type(e).__name__})') from None
         return fixed_dates(out.read_bytes(), date)
 
 # %% ../../nbs/81_report.ipynb #3352723a

@@ -11,8 +11,9 @@ import contextlib, fcntl, json, os, shutil, signal, sys, tempfile, threading, ti
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../../nbs/60_runner.ipynb #51b11504
+# %% ../../nbs/60_runner.ipynb #9723708b
 import nbformat, papermill
+from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -21,9 +22,9 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-# %% ../../nbs/60_runner.ipynb #f30379da
+# %% ../../nbs/60_runner.ipynb #d01de548
 from ..core import UserError, load_settings, nearest, read_json, utc_now, write_json
-from ..runs import read_events, read_run, resolve_params, run_command, run_key
+from ..runs import read_run, resolve_params, run_command, run_key
 
 # %% ../../nbs/60_runner.ipynb #c1c7abef
 def unfinished_cells(nb)->list: # [(number of the code cell, 'never ran' | 'raised ValueError')]
@@ -55,7 +56,8 @@ def run_status(path)->RunStatus:
     if bad: return RunStatus('failed', f'code cell {bad[0][0]} {bad[0][1]}')
     return RunStatus('complete', '')
 
-# %% ../../nbs/60_runner.ipynb #797d49c5
+# %% ../../nbs/60_runner.ipynb #2a1bbef7
+def _called(path): return f'{Path(path).parent.name}/{Path(path).name}'
 def _lock_path(path): return Path(path).parent/f'.{Path(path).name}.lock'
 
 def _lock_holder(path):
@@ -67,7 +69,7 @@ def _lock_holder(path):
     except BlockingIOError: return int(os.pread(fd, 20, 0) or b'0')
     finally: os.close(fd)
 
-# %% ../../nbs/60_runner.ipynb #a8e6ddc9
+# %% ../../nbs/60_runner.ipynb #bafa8afc
 def _alive(pid):
     try: os.kill(pid, 0); return True
     except ProcessLookupError: return False
@@ -85,7 +87,7 @@ def lock_run(path,   # run folder; it need not exist
             try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except BlockingIOError: pid = int(os.pread(fd, 20, 0) or b'0')
             if _alive(pid) or time.time() > end:
-                raise UserError(f"Run {Path(path).parent.name}/{Path(path).name} is already running (process {pid}): wait for it, or stop it first.")
+                raise UserError(f"Run {_called(path)} is already running (process {pid}): wait for it, or stop it first.")
             time.sleep(0.2)
         os.ftruncate(fd, 0); os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield fd
@@ -136,7 +138,7 @@ def section_titles(nb)->list:
         res.append(title)
     return res
 
-# %% ../../nbs/60_runner.ipynb #04e844b7
+# %% ../../nbs/60_runner.ipynb #334885fd
 def last_signal(folder)->str:
     "The newest event below `folder` in a few words: its scalars, without times. '' if there is none."
     logs = [p for p in Path(folder).rglob('events.jsonl') if p.stat().st_size]
@@ -148,11 +150,12 @@ def last_signal(folder)->str:
     if not lines: return ''
     with contextlib.suppress(ValueError):
         e = json.loads(lines[-1]); where = [] if log.parent == Path(folder) else [log.parent.name]
-        nums = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in e.items() if isinstance(v, (int, float)) and not k.startswith('time')]
-        return ' '.join(where + [str(e.get('kind', ''))] + nums[:6])
+        e = {k: v for k, v in e.items() if isinstance(v, (int, float)) and not k.startswith('time') or k == 'kind'}
+        kind = str(e.pop('kind', '')); words = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in e.items()]
+        return ' '.join(where + [kind] + words[:6])
     return ''
 
-# %% ../../nbs/60_runner.ipynb #5d8a6a93
+# %% ../../nbs/60_runner.ipynb #73f35590
 class Progress:
     "What a person sees while a notebook runs: cells done, printed lines, the latest signal; everything printed also goes to run.log."
     def __init__(self, nb, folder, show=True, every=2):
@@ -180,25 +183,28 @@ class Progress:
         elif self.show and (force or time.time() - self.said > 30):
             self.said = time.time(); print(f'[{self.index}/{len(self.titles)}] {where} {text}'.rstrip(), file=sys.stderr, flush=True)
 
-    def write(self, text):
-        "Text from the notebook, in pieces; a piece that ends in a carriage return is a bar of its own and only shown."
-        *lines, self.tail = (self.tail + text).split('\n')
-        for line in lines:
-            line = line.rsplit('\r', 1)[-1] or line.strip('\r')
-            print(line, file=self.log, flush=True)
-            if self.show: tqdm.write(line, file=sys.stderr)
-        if '\r' in self.tail:
-            self.tail = '\r' + self.tail.rstrip('\r').rsplit('\r', 1)[-1]; self.status(self.tail.strip())
-
     def flush(self): pass
 
     def close(self):
         self.done.set(); self.write('\n' if self.tail else ''); self.bar.close(); self.log.close()
 
-# %% ../../nbs/60_runner.ipynb #aee669da
+# %% ../../nbs/60_runner.ipynb #2ed57f89
+@patch
+def write(self:Progress, text):
+    "Show and log text from the notebook."
+    *lines, self.tail = (self.tail + text).split('\n')
+    for line in lines:
+        line = line.rstrip('\r').rsplit('\r', 1)[-1]
+        print(line, file=self.log, flush=True)
+        if self.show: tqdm.write(line, file=sys.stderr)
+    if '\r' in self.tail:
+        self.tail = '\r' + self.tail.rstrip('\r').rsplit('\r', 1)[-1]; self.status(self.tail.strip())
+
+# %% ../../nbs/60_runner.ipynb #973960a5
 class _ThisInterpreter(KernelSpecManager):
     def get_kernel_spec(self, kernel_name):
-        return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name='python3', language='python')
+        argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+        return KernelSpec(argv=argv, display_name='python3', language='python')
 
 class _Client(PapermillNotebookClient):
     "Papermill's client, with a progress display and a way to stop between cells."
@@ -208,7 +214,7 @@ class _Client(PapermillNotebookClient):
         self.progress.cell(index)
         return super().execute_cell(cell, index)
 
-# %% ../../nbs/60_runner.ipynb #2d37bc47
+# %% ../../nbs/60_runner.ipynb #5f09efcb
 class KernelStartError(RuntimeError):
     "The kernel did not come up, twice."
 
@@ -218,9 +224,10 @@ class _Engine(NBClientEngine):
     def execute_managed_notebook(cls, nb_man, kernel_name, stop=None, progress=None, env=None, lock=None, start_timeout=60, **kwargs):
         for attempt in (1, 2):
             with tempfile.TemporaryDirectory(prefix='vae_nb-') as d:
-                km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=_ThisInterpreter(), transport='ipc', connection_file=f'{d}/k.json')
-                client = _Client(nb_man, km=km, kernel_name='python3', coalesce_streams=True, store_widget_state=False, timeout=None,
-                                 startup_timeout=start_timeout, stdout_file=progress, stderr_file=progress)
+                km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=_ThisInterpreter(), transport='ipc',
+                                        connection_file=f'{d}/k.json')
+                client = _Client(nb_man, km=km, kernel_name='python3', coalesce_streams=True, store_widget_state=False,
+                                 timeout=None, startup_timeout=start_timeout, stdout_file=progress, stderr_file=progress)
                 client.owns_km, client.stop, client.progress = True, stop, progress
                 progress.begin(nb_man.nb)
                 try: return client.execute(env=env, pass_fds=(lock,))
@@ -240,11 +247,12 @@ def _how_it_died(km):
     if code is not None and code < 0: return f'the kernel was ended by {signal.Signals(-code).name}'
     return 'the kernel died' + (f' with exit code {code}' if code is not None else '')
 
-# %% ../../nbs/60_runner.ipynb #2d9d4a15
+# %% ../../nbs/60_runner.ipynb #1ab119af
 class RunFailed(Exception):
-    "A run that started and did not finish: `path` is its folder, `reason` one of 'cell error', 'kernel died', 'timeout', 'interrupted', ..."
+    "A run that started and did not finish: `reason` is 'cell error', 'kernel died', 'timeout', 'interrupted' and the like."
     def __init__(self, path, reason, message):
-        super().__init__(f"{Path(path).parent.name}/{Path(path).name} failed ({reason}): {message}"); self.path, self.reason, self.message = Path(path), reason, message
+        super().__init__(f"{_called(path)} failed ({reason}): {message}")
+        self.path, self.reason, self.message = Path(path), reason, message
 
 # %% ../../nbs/60_runner.ipynb #55564656
 def find_notebook(notebook)->Path:
@@ -293,7 +301,7 @@ def _swap(new, old):
     if old.exists(): old.rename(aside)
     new.rename(old); shutil.rmtree(aside, ignore_errors=True)
 
-# %% ../../nbs/60_runner.ipynb #7245b8a9
+# %% ../../nbs/60_runner.ipynb #85e77b86
 def _execute(notebook, params, key, path, lock, timeout, show):
     path.mkdir(parents=True, exist_ok=True); s = load_settings()
     for old in ('metrics.json', 'failure.json', 'run.ipynb', 'run.failed.ipynb', 'run.running.ipynb'): (path/old).unlink(missing_ok=True)
@@ -305,8 +313,9 @@ def _execute(notebook, params, key, path, lock, timeout, show):
     try:
         with stop_on_signals(stop):
             if timeout: stop.after(timeout, stop, 'timeout')
-            papermill.execute_notebook(notebook, running, params, engine_name='vae_nb', kernel_name='python3', language='python', progress_bar=False,
-                cwd=s.root, stop=stop, progress=progress, lock=lock, env=os.environ | dict(VAE_NB_RUN=str(path)))
+            papermill.execute_notebook(notebook, running, params, engine_name='vae_nb', kernel_name='python3', language='python',
+                                       cwd=s.root, progress_bar=False, stop=stop, progress=progress, lock=lock,
+                                       env=os.environ | dict(VAE_NB_RUN=str(path)))
         failure = _verdict(path, running, key)
     except (Exception, KeyboardInterrupt) as e: failure = _explain(e, stop, timeout)
     finally: stop.close(); progress.close()
@@ -314,22 +323,23 @@ def _execute(notebook, params, key, path, lock, timeout, show):
     write_json(running, _without_paths(read_json(running, 'executed notebook'), notebook)); os.replace(running, path/'run.ipynb')
     if show: print(f"{notebook.stem}/{key} is complete: {_short(path, s)}", file=sys.stderr)
 
-# %% ../../nbs/60_runner.ipynb #3f214813
+# %% ../../nbs/60_runner.ipynb #200441fa
 def _short(path, s): return path.relative_to(s.root) if path.is_relative_to(s.root) else path
 
 def _verdict(path, running, key):
     "None if the run finished, else (reason, message)."
     bad = unfinished_cells(read_json(running, 'executed notebook'))
     if bad: return 'cells not run', f'code cell {bad[0][0]} {bad[0][1]}, though papermill reported no error'
-    if not (path/'metrics.json').exists(): return 'no metrics', 'the notebook wrote no metrics.json: its last cell must call run.finish(...)'
+    if not (path/'metrics.json').exists(): return 'no metrics', 'the notebook wrote no metrics.json; its last cell must be run.finish(...)'
     found = read_json(path/'config.json', 'configuration').get('key')
     if found != key: return 'changed', 'the notebook or the package was edited while the run started: run it again'
 
-# %% ../../nbs/60_runner.ipynb #abf95cdc
+# %% ../../nbs/60_runner.ipynb #9f346ee6
 def _explain(e, stop, timeout):
     "(reason, message) of an exception that ended a run."
     if stop.reason == 'timeout': return 'timeout', f'it took longer than {timeout:g} s'
-    if stop.reason or isinstance(e, KeyboardInterrupt): return stop.reason or 'interrupted', 'it was stopped; the same command goes on from its checkpoints'
+    if stop.reason or isinstance(e, KeyboardInterrupt):
+        return 'interrupted', 'it was stopped; the same command goes on from its checkpoints'
     if isinstance(e, PapermillExecutionError):
         head = next((l.strip() for l in e.source.splitlines() if l.strip()), '')
         return 'cell error', f"{e.ename}: {' '.join(str(e.evalue).split())} (in cell {e.cell_index}, which begins: {head[:80]})"
@@ -340,7 +350,7 @@ def _explain(e, stop, timeout):
 
 def _fail(path, running, notebook, reason, message):
     (path/'metrics.json').unlink(missing_ok=True)
-    if running.exists(): 
+    if running.exists():
         with contextlib.suppress(UserError): write_json(running, _without_paths(read_json(running, 'notebook'), notebook))
         os.replace(running, path/'run.failed.ipynb')
     write_json(path/'failure.json', dict(reason=reason, message=message, time=utc_now(), notebook='run.failed.ipynb', log='run.log'))
