@@ -1,0 +1,138 @@
+"Training as a program: killed, stopped, tracked, refused."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from vae_nb.core import read_json
+from vae_nb.data.datasets import class_counts, load_dataset, make_dataset, save_dataset
+from vae_nb.models.objective import class_weights
+from vae_nb.runs import read_events
+from vae_nb.training.trainer import Trainer
+from vae_nb.training.config import TrainConfig
+
+SMALL = '--epochs 4 --width 8 --depth 0 --hidden 32 --latent-dim 8 --device cpu --batch-size 64 --lr 0.003'.split()
+ENV = os.environ | dict(OMP_NUM_THREADS='1')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data')/'simplified_dataset_2k.npz'
+    save_dataset(path, make_dataset('simplified', 2000, seed=0))
+    return path
+
+
+def command(data, out, *more): return [sys.executable, '-m', 'vae_nb.train', '--data-path', str(data), *SMALL, '--out', str(out), *more]
+
+
+def latest(out):
+    folder = read_json(Path(out)/'checkpoint'/'latest.json')['folder']
+    return {n: load_file(Path(out)/'checkpoint'/folder/f'{n}.safetensors') for n in ('model', 'ema')}
+
+
+def wait_for_step(out, step, proc, limit=60):
+    "Until the log of a running training has reached `step`."
+    end = time.time() + limit
+    while time.time() < end and proc.poll() is None:
+        if any(e['step'] >= step for e in read_events(Path(out)/'events.jsonl', 'step')): return
+        time.sleep(0.01)
+    assert proc.poll() is None, proc.stderr.read()
+
+
+def test_killed_and_continued_gives_the_same_weights(data, tmp_path):
+    subprocess.run(command(data, tmp_path/'whole', '--checkpoint-minutes', '5'), env=ENV, check=True, capture_output=True)
+    for kill_at in (3, 37, 71):         # SIGKILL in three epochs, at whatever moment it strikes
+        p = subprocess.Popen(command(data, tmp_path/'killed', '--checkpoint-minutes', '0'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for_step(tmp_path/'killed', kill_at, p)
+        p.send_signal(signal.SIGKILL); assert p.wait() == -signal.SIGKILL; p.stderr.close()
+        assert not (tmp_path/'killed'/'metrics.json').exists()
+    subprocess.run(command(data, tmp_path/'killed', '--checkpoint-minutes', '0'), env=ENV, check=True, capture_output=True)
+    a, b = latest(tmp_path/'whole'), latest(tmp_path/'killed')
+    for part in a: assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    best = [load_file(tmp_path/n/'checkpoint'/'best.safetensors') for n in ('whole', 'killed')]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+    steps = [e['step'] for e in read_events(tmp_path/'killed'/'events.jsonl', 'step')]
+    assert steps == list(range(100)) and len(read_events(tmp_path/'killed'/'events.jsonl', 'resumed')) >= 1
+    strip = lambda m: {k: v for k, v in m['metrics'].items() if 'seconds' not in k}
+    assert strip(read_json(tmp_path/'whole'/'metrics.json')) == strip(read_json(tmp_path/'killed'/'metrics.json'))
+
+
+def test_sigterm_saves_says_so_and_goes_on(data, tmp_path):
+    p = subprocess.Popen(command(data, tmp_path/'run', '--epochs', '400', '--patience', '0'), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path/'run', 50, p); p.send_signal(signal.SIGTERM)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'Stopped by SIGTERM' in err and 'Traceback' not in err
+    assert (tmp_path/'run'/'checkpoint'/'latest.json').exists() and not (tmp_path/'run'/'metrics.json').exists()
+
+
+@pytest.mark.parametrize('extra, said', [
+    (['--beta-schedule', 'constnat'], 'constnat'), (['--beta-max', '-1'], 'beta'), (['--bata-max', '1'], '--beta-max'),
+    (['--data-path', 'nowhere.npz'], 'vae-nb generate --out nowhere.npz'), (['--device', 'cuda:7'], 'cuda:7'), (['--augment', 'rotation'], 'rotate')])
+def test_bad_input_is_one_sentence(data, tmp_path, extra, said):
+    p = subprocess.run(command(data, tmp_path/'run', *extra), env=ENV, capture_output=True, text=True)
+    assert p.returncode == 2 and said in p.stderr and 'Traceback' not in p.stderr
+    assert not (tmp_path/'run'/'config.json').exists()
+
+
+def test_class_weights_come_from_the_whole_training_set(data, tmp_path):
+    ds = load_dataset(data); tr = Trainer(TrainConfig(device='cpu', width=8, hidden=16), tmp_path, ds, 'none')
+    assert torch.equal(tr.objective.weights, class_weights(class_counts(ds.train, 10), 'inverse_sqrt'))
+    assert not torch.equal(tr.objective.weights, class_weights(class_counts(ds.train[:128], 10), 'inverse_sqrt'))
+
+
+def test_defaults_are_the_briefs():
+    c = TrainConfig(beta_schedule='constant', beta_max=0.)
+    assert (c.focal_gamma, c.class_weights, c.patience, c.data_path) == (2., 'inverse_sqrt', 20, 'data/simplified_dataset_100k.npz')
+
+
+@pytest.mark.parametrize('kinds', ['rotate,flip', 'rotate,flip,colours'])
+def test_trains_with_augmentation(data, tmp_path, kinds):
+    from vae_nb.training.trainer import fit
+    r = fit(dict(epochs=1, width=8, depth=0, hidden=16, latent_dim=8, augment=kinds, device='cpu'), tmp_path/'run', load_dataset(data), 'none')
+    assert r['status'] == 'epochs' and r['nonfinite'] == 0
+
+
+def test_wandb_offline_for_real(data, tmp_path):
+    pytest.importorskip('wandb')
+    env = ENV | dict(WANDB_MODE='offline', WANDB_SILENT='true')
+    subprocess.run(command(data, tmp_path/'run', '--tracker', 'wandb', '--beta-schedule', 'constant', '--beta-max', '0.0', '--image-every', '2'),
+                   env=env, check=True, capture_output=True, timeout=300)
+    files = list((tmp_path/'run').rglob('*.wandb')); assert len(files) == 1
+    raw = files[0].read_bytes()           # W&B's own log of records; names, tags and keys stand in it as text
+    wanted = ['simplified-dataset-beta0-capacity-validation', 'simplified-dataset', 'capacity-validation', 'beta-disabled',
+              'pixel_accuracy', 'reconstruction_loss', 'kl_divergence', 'per_class_accuracy/0', 'reconstructions']
+    assert [w for w in wanted if w.encode() not in raw] == []
+    assert len(list((tmp_path/'run').rglob('media/images/*.png'))) == 2         # epochs 2 and 4
+    assert read_json(tmp_path/'run'/'metrics.json')['metrics']['tracker_errors'] == 0
+
+
+def test_a_failing_tracker_does_not_fail_the_run(data, tmp_path, monkeypatch):
+    from vae_nb.training import tracking
+    from vae_nb.training.trainer import fit
+    class Down:
+        def __init__(self, c, folder): pass
+        def log(self, *a): raise ConnectionError('no route to the dashboard')
+        image = log
+        def finish(self): raise ConnectionError('still none')
+    monkeypatch.setitem(tracking.trackers, 'tensorboard', Down)
+    with pytest.warns(UserWarning, match='training goes on without it'):
+        r = fit(dict(epochs=2, width=8, depth=0, hidden=16, latent_dim=8, tracker='tensorboard', device='cpu'), tmp_path/'run', load_dataset(data), 'none')
+    assert r['status'] == 'epochs' and r['tracker_errors'] >= 1
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    p = subprocess.Popen(command(data, tmp_path/'run', '--epochs', '400', '--checkpoint-minutes', '0'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path/'run', 30, p); p.kill(); p.wait()
+    folder = read_json(tmp_path/'run'/'checkpoint'/'latest.json')['folder']
+    (tmp_path/'run'/'checkpoint'/folder/'optimiser.pt').write_bytes(b'not a checkpoint')
+    p = subprocess.run(command(data, tmp_path/'run', '--epochs', '400', '--checkpoint-minutes', '0'), env=ENV, capture_output=True, text=True)
+    assert p.returncode == 2 and 'cannot be read' in p.stderr and 'Traceback' not in p.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_trains_on_a_gpu_in_bfloat16(data, tmp_path):
+    from vae_nb.training.trainer import fit
+    r = fit(dict(epochs=3, width=32, hidden=64, latent_dim=16, device='cuda', focal_gamma=0, class_weights='none'), tmp_path/'run', load_dataset(data), 'none')
+    assert r['nonfinite'] == 0 and r['nelbo'] < 300
