@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['unfinished_cells', 'RunStatus', 'run_status', 'lock_run', 'Stopper', 'stop_on_signals', 'section_titles',
-           'last_signal', 'Progress', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook']
+           'last_signal', 'Progress', 'Lines', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook']
 
 # %% ../../nbs/60_runner.ipynb #edd38fee
 import contextlib, fcntl, json, os, shutil, signal, sys, tempfile, threading, time
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../../nbs/60_runner.ipynb #9723708b
+# %% ../../nbs/60_runner.ipynb #51b11504
 import nbformat, papermill
-from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -138,7 +137,7 @@ def section_titles(nb)->list:
         res.append(title)
     return res
 
-# %% ../../nbs/60_runner.ipynb #334885fd
+# %% ../../nbs/60_runner.ipynb #03300220
 def last_signal(folder)->str:
     "The newest event below `folder` in a few words: its scalars, without times. '' if there is none."
     logs = [p for p in Path(folder).rglob('events.jsonl') if p.stat().st_size]
@@ -151,17 +150,18 @@ def last_signal(folder)->str:
     with contextlib.suppress(ValueError):
         e = json.loads(lines[-1]); where = [] if log.parent == Path(folder) else [log.parent.name]
         e = {k: v for k, v in e.items() if isinstance(v, (int, float)) and not k.startswith('time') or k == 'kind'}
-        kind = str(e.pop('kind', '')); words = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in e.items()]
-        return ' '.join(where + [kind] + words[:6])
+        kind = str(e.pop('kind', '')) if e.get('kind') not in e else ''; e.pop('kind', None)
+        words = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in e.items()]
+        return ' '.join([*where, *filter(None, [kind]), *words[:6]])
     return ''
 
-# %% ../../nbs/60_runner.ipynb #73f35590
+# %% ../../nbs/60_runner.ipynb #14851b08
 class Progress:
     "What a person sees while a notebook runs: cells done, printed lines, the latest signal; everything printed also goes to run.log."
     def __init__(self, nb, folder, show=True, every=2):
         # `nb` is the source; papermill inserts the cell of injected parameters, hence `begin`
         self.folder, self.titles, self.index, self.tty = Path(folder), section_titles(nb), 0, sys.stderr.isatty()
-        self.show, self.tail, self.done, self.said = show, '', threading.Event(), time.time()
+        self.show, self.done, self.said = show, threading.Event(), time.time()
         self.log = open(self.folder/'run.log', 'a', encoding='utf-8')
         self.bar = tqdm(total=len(self.titles), unit='cell', leave=False, disable=not (show and self.tty), dynamic_ncols=True,
                         bar_format='{n_fmt}/{total_fmt} {bar:12} {elapsed} {desc}')
@@ -183,22 +183,25 @@ class Progress:
         elif self.show and (force or time.time() - self.said > 30):
             self.said = time.time(); print(f'[{self.index}/{len(self.titles)}] {where} {text}'.rstrip(), file=sys.stderr, flush=True)
 
+    def line(self, text):
+        print(text, file=self.log, flush=True)
+        if self.show: tqdm.write(text, file=sys.stderr)
+
+    def close(self): self.done.set(); self.bar.close(); self.log.close()
+
+# %% ../../nbs/60_runner.ipynb #8d20ee74
+class Lines:
+    "A file object for one stream of the notebook: whole lines are shown and logged."
+    def __init__(self, progress): self.progress, self.tail = progress, ''
     def flush(self): pass
 
-    def close(self):
-        self.done.set(); self.write('\n' if self.tail else ''); self.bar.close(); self.log.close()
+    def write(self, text):
+        *lines, self.tail = (self.tail + text).split('\n')
+        for line in lines: self.progress.line(line.rstrip('\r').rsplit('\r', 1)[-1])
+        if '\r' in self.tail:
+            self.tail = '\r' + self.tail.rstrip('\r').rsplit('\r', 1)[-1]; self.progress.status(self.tail.strip())
 
-# %% ../../nbs/60_runner.ipynb #2ed57f89
-@patch
-def write(self:Progress, text):
-    "Show and log text from the notebook."
-    *lines, self.tail = (self.tail + text).split('\n')
-    for line in lines:
-        line = line.rstrip('\r').rsplit('\r', 1)[-1]
-        print(line, file=self.log, flush=True)
-        if self.show: tqdm.write(line, file=sys.stderr)
-    if '\r' in self.tail:
-        self.tail = '\r' + self.tail.rstrip('\r').rsplit('\r', 1)[-1]; self.status(self.tail.strip())
+    def close(self): self.write('\n' if self.tail else '')
 
 # %% ../../nbs/60_runner.ipynb #973960a5
 class _ThisInterpreter(KernelSpecManager):
@@ -214,7 +217,7 @@ class _Client(PapermillNotebookClient):
         self.progress.cell(index)
         return super().execute_cell(cell, index)
 
-# %% ../../nbs/60_runner.ipynb #5f09efcb
+# %% ../../nbs/60_runner.ipynb #15f956a2
 class KernelStartError(RuntimeError):
     "The kernel did not come up, twice."
 
@@ -226,8 +229,9 @@ class _Engine(NBClientEngine):
             with tempfile.TemporaryDirectory(prefix='vae_nb-') as d:
                 km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=_ThisInterpreter(), transport='ipc',
                                         connection_file=f'{d}/k.json')
+                out, err = Lines(progress), Lines(progress)
                 client = _Client(nb_man, km=km, kernel_name='python3', coalesce_streams=True, store_widget_state=False,
-                                 timeout=None, startup_timeout=start_timeout, stdout_file=progress, stderr_file=progress)
+                                 timeout=None, startup_timeout=start_timeout, stdout_file=out, stderr_file=err)
                 client.owns_km, client.stop, client.progress = True, stop, progress
                 progress.begin(nb_man.nb)
                 try: return client.execute(env=env, pass_fds=(lock,))
@@ -235,7 +239,7 @@ class _Engine(NBClientEngine):
                 except (RuntimeError, OSError) as e:   # TimeoutError is an OSError
                     if any(c.get('execution_count') for c in nb_man.nb.cells): raise
                     if attempt == 2: raise KernelStartError(f'the kernel did not start in {start_timeout} s, twice ({e})') from e
-                finally: stop.pid = None
+                finally: stop.pid = None; out.close(); err.close()
 
 papermill_engines.register('vae_nb', _Engine)
 
