@@ -12,7 +12,7 @@ from vae_nb.runs import read_events
 from vae_nb.training.trainer import Trainer
 from vae_nb.training.config import TrainConfig
 
-SMALL = '--epochs 4 --width 8 --depth 0 --hidden 32 --latent-dim 8 --device cpu --batch-size 64 --lr 0.003'.split()
+SMALL = '--epochs 4 --width 8 --depth 0 --latent-dim 16 --device cpu --batch-size 64 --lr 0.003'.split()
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
@@ -76,7 +76,7 @@ def test_bad_input_is_one_sentence(data, tmp_path, extra, said):
 
 
 def test_class_weights_come_from_the_whole_training_set(data, tmp_path):
-    ds = load_dataset(data); tr = Trainer(TrainConfig(device='cpu', width=8, hidden=16), tmp_path, ds, 'none')
+    ds = load_dataset(data); tr = Trainer(TrainConfig(device='cpu', width=8), tmp_path, ds, 'none')
     assert torch.equal(tr.objective.weights, class_weights(class_counts(ds.train, 10), 'inverse_sqrt'))
     assert not torch.equal(tr.objective.weights, class_weights(class_counts(ds.train[:128], 10), 'inverse_sqrt'))
 
@@ -89,7 +89,7 @@ def test_defaults_are_the_briefs():
 @pytest.mark.parametrize('kinds', ['rotate,flip', 'rotate,flip,colours'])
 def test_trains_with_augmentation(data, tmp_path, kinds):
     from vae_nb.training.trainer import fit
-    r = fit(dict(epochs=1, width=8, depth=0, hidden=16, latent_dim=8, augment=kinds, device='cpu'), tmp_path/'run', load_dataset(data), 'none')
+    r = fit(dict(epochs=1, width=8, depth=0, latent_dim=16, augment=kinds, device='cpu'), tmp_path/'run', load_dataset(data), 'none')
     assert r['status'] == 'epochs' and r['nonfinite'] == 0
 
 
@@ -117,7 +117,7 @@ def test_a_failing_tracker_does_not_fail_the_run(data, tmp_path, monkeypatch):
         def finish(self): raise ConnectionError('still none')
     monkeypatch.setitem(tracking.trackers, 'tensorboard', Down)
     with pytest.warns(UserWarning, match='training goes on without it'):
-        r = fit(dict(epochs=2, width=8, depth=0, hidden=16, latent_dim=8, tracker='tensorboard', device='cpu'), tmp_path/'run', load_dataset(data), 'none')
+        r = fit(dict(epochs=2, width=8, depth=0, latent_dim=16, tracker='tensorboard', device='cpu'), tmp_path/'run', load_dataset(data), 'none')
     assert r['status'] == 'epochs' and r['tracker_errors'] >= 1
 
 
@@ -134,5 +134,5 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
 def test_trains_on_a_gpu_in_bfloat16(data, tmp_path):
     from vae_nb.training.trainer import fit
-    r = fit(dict(epochs=3, width=32, hidden=64, latent_dim=16, device='cuda', focal_gamma=0, class_weights='none'), tmp_path/'run', load_dataset(data), 'none')
+    r = fit(dict(epochs=3, width=32, latent_dim=64, device='cuda', focal_gamma=0, class_weights='none'), tmp_path/'run', load_dataset(data), 'none')
     assert r['nonfinite'] == 0 and r['nelbo'] < 300

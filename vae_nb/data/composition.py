@@ -10,9 +10,8 @@ __all__ = ['FAMILIES', 'TYPES', 'RECIPES', 'SCENE_FLAGS', 'Scene', 'Recipe', 'ma
 import functools
 from dataclasses import dataclass, replace
 
-# %% ../../nbs/12_composition.ipynb #51490703
+# %% ../../nbs/12_composition.ipynb #be90997e
 import numpy as np, torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -28,9 +27,9 @@ class _Record(BaseModel):
 FAMILIES = ('rectangle', 'line', *PATTERNS, 'blob', 'frame', 'dot')   # the codes in the `type` array: 0, 1, 2, ...
 TYPES = ('rectangle', 'line', 'pattern', 'blob', 'frame', 'dot')      # what a recipe chooses among; a pattern is one of five families
 
-# %% ../../nbs/12_composition.ipynb #72cb9aa8
+# %% ../../nbs/12_composition.ipynb #dcfdda60
 class Scene(_Record):
-    "What ARC's grids have beyond objects on black. Every number but `sides`, `palette` and `small` is a probability, for one grid unless said otherwise."
+    "What ARC's grids have beyond objects on black. All but `sides`, `palette` and `small` are probabilities, for one grid."
     sides: tuple[float, ...]  # weights of the longer side being 1, 2, ..., size
     palette: tuple[float, ...] # weights of having 1, 2, ... colours besides black
     square: float = .6        # width equals height
@@ -55,7 +54,7 @@ class Scene(_Record):
         if not 1 <= len(self.palette) <= 8: raise ValueError("palette needs weights for one to eight colours")
         return self
 
-# %% ../../nbs/12_composition.ipynb #fef7d5f6
+# %% ../../nbs/12_composition.ipynb #ef3932c3
 class Recipe(_Record):
     "Everything that decides what the grids of a data set look like."
     name: str = 'custom'
@@ -77,20 +76,21 @@ class Recipe(_Record):
     scene: Scene|None = None
     @model_validator(mode='after')
     def _fits(self):
-        if not 2 <= self.size <= 64: raise ValueError(f"size {self.size} is not from 2 to 64")
-        if not 1 <= self.min_objects <= self.max_objects:
-            raise ValueError(f"min_objects {self.min_objects} and max_objects {self.max_objects} must satisfy 1 <= min <= max")
-        if self.max_objects*self.cells[0] > self.size**2:
-            raise ValueError(f"max_objects {self.max_objects} of at least {self.cells[0]} cells are too many objects for a grid of {self.size}x{self.size}")
-        if self.counts and len(self.counts) != self.max_objects - self.min_objects + 1: raise ValueError("counts needs one weight for each number of objects")
-        if len(self.colours) != 9: raise ValueError(f"colours needs nine weights, for 1 to 9, not {len(self.colours)}")
-        if self.scene and len(self.scene.sides) != self.size: raise ValueError(f"scene.sides needs {self.size} weights, one for each side, not {len(self.scene.sides)}")
-        if self.max_tries < 1 or self.max_redraws < 1: raise ValueError("max_tries and max_redraws must be at least 1")
-        for what, w in dict(colours=self.colours, types=tuple(self.types.values()), counts=self.counts or (1.,), sides=self.scene.sides if self.scene else (1.,)).items():
-            if min(w, default=0) < 0 or not sum(w) > 0: raise ValueError(f"the weights {what} must not be negative, nor all zero")
+        lo, hi, size, sides = self.min_objects, self.max_objects, self.size, self.scene.sides if self.scene else None
+        weights = dict(colours=self.colours, types=tuple(self.types.values()), counts=self.counts or (1.,), sides=sides or (1.,))
+        rules = [(2 <= size <= 64, f"size {size} is not from 2 to 64"),
+            (1 <= lo <= hi, f"min_objects {lo} and max_objects {hi} must satisfy 1 <= min <= max"),
+            (hi*self.cells[0] <= size**2, f"max_objects {hi} of {self.cells[0]} cells or more are too many objects for a grid of {size}x{size}"),
+            (not self.counts or len(self.counts) == hi-lo+1, "counts needs one weight for each number of objects"),
+            (len(self.colours) == 9, f"colours needs nine weights, for 1 to 9, not {len(self.colours)}"),
+            (sides is None or len(sides) == size, f"scene.sides needs one weight for each side from 1 to {size}"),
+            (min(self.max_tries, self.max_redraws) > 0, "max_tries and max_redraws must be at least 1"),
+            *[(min(w, default=-1) >= 0 and sum(w) > 0, f"the weights {k} must not be negative, nor all zero") for k, w in weights.items()]]
+        for ok, message in rules:
+            if not ok: raise ValueError(message)
         return self
 
-# %% ../../nbs/12_composition.ipynb #e60e6c50
+# %% ../../nbs/12_composition.ipynb #8cdf313e
 def make_recipe(base=None, # a Recipe to change; default: the field defaults
                 **changes  # fields to set
                )->Recipe:
@@ -98,7 +98,8 @@ def make_recipe(base=None, # a Recipe to change; default: the field defaults
     try: return Recipe(**{**(base.model_dump() if base else {}), **changes})
     except ValidationError as e:
         first = e.errors()[0]; field = '.'.join(map(str, first['loc']))
-        raise UserError(f"The recipe{' field '+repr(field) if field else ''} is wrong: {first['msg'].removeprefix('Value error, ')}.") from None
+        why = first['msg'].removeprefix('Value error, ')
+        raise UserError(f"The recipe{' field '+repr(field) if field else ''} is wrong: {why}.") from None
 
 # %% ../../nbs/12_composition.ipynb #72693778
 RECIPES = {'simplified': make_recipe(name='simplified'),
@@ -152,7 +153,7 @@ class Placements:
     rows: torch.Tensor   # (P+1, bytes/8) int64: the same, one byte a cell
     info: torch.Tensor   # (P+1, 5) uint8: family, top, left, height, width; 255 in the empty placement
 
-# %% ../../nbs/12_composition.ipynb #bb4d5900
+# %% ../../nbs/12_composition.ipynb #1e6cc5e7
 def _shape_rows(shape, size):
     "All placements of one shape: a (places, size*size) 0/1 array and the places' rows and columns."
     H, W = size-shape.height+1, size-shape.width+1
@@ -160,7 +161,8 @@ def _shape_rows(shape, size):
     r, c = np.nonzero(shape.mask)
     cells = np.zeros((H*W, size*size), np.uint8)
     cells[np.arange(H*W)[:,None], (top[:,None]+r)*size + left[:,None]+c] = 1
-    return cells, np.stack([np.full(H*W, FAMILIES.index(shape.family)), top, left, np.full(H*W, shape.height), np.full(H*W, shape.width)], 1)
+    same = lambda v: np.full(H*W, v)
+    return cells, np.stack([same(FAMILIES.index(shape.family)), top, left, same(shape.height), same(shape.width)], 1)
 
 # %% ../../nbs/12_composition.ipynb #274162a0
 def build_placements(shapes, size, device='cpu')->Placements:
@@ -175,12 +177,13 @@ def build_placements(shapes, size, device='cpu')->Placements:
         torch.tensor(np.cumsum([0] + [len(p[0]) for p in parts[:-1]]), device=device), col(lambda s: size-s.width+1),
         words, torch.from_numpy(cells.view(np.int64)).to(device), torch.from_numpy(info).to(device))
 
-# %% ../../nbs/12_composition.ipynb #c0042e03
+# %% ../../nbs/12_composition.ipynb #5867794e
 def with_margin(t:Placements)->torch.Tensor:
     "The bits of each placement and of the cells around it, corners included: (P+1, words) int64."
-    cells = t.rows.view(torch.uint8)[:, :t.size**2].view(-1, 1, t.size, t.size)
-    wide = torch.cat([F.max_pool2d(c.float(), 3, stride=1, padding=1) for c in cells.split(4096)]) > 0
-    packed = np.packbits(F.pad(wide.flatten(1), (0, -t.size**2 % 64)).cpu().numpy(), axis=1, bitorder='little')
+    cells = t.rows.view(torch.uint8)[:, :t.size**2].view(-1, t.size, t.size).cpu().numpy()
+    tall = cells.copy(); tall[:, 1:] |= cells[:, :-1]; tall[:, :-1] |= cells[:, 1:]
+    wide = tall.copy(); wide[..., 1:] |= tall[..., :-1]; wide[..., :-1] |= tall[..., 1:]
+    packed = np.packbits(np.pad(wide.reshape(len(wide), -1), ((0, 0), (0, -t.size**2 % 64))), axis=1, bitorder='little')
     return torch.from_numpy(packed.view(np.int64)).to(t.bits.device)
 
 # %% ../../nbs/12_composition.ipynb #0ab4b359
@@ -291,7 +294,7 @@ def _compose(self:AtomicImageGenerator, count, generator)->Batch:
     back = order.argsort()
     return self._describe(*(o.index_select(0, back) for o in self._lay(ordered, generator)))
 
-# %% ../../nbs/12_composition.ipynb #58bd9c32
+# %% ../../nbs/12_composition.ipynb #5a871943
 @patch
 def _plain(self:AtomicImageGenerator, n, generator)->Batch:
     "Objects on black, exactly as many as were drawn."
@@ -303,10 +306,10 @@ def _plain(self:AtomicImageGenerator, n, generator)->Batch:
         if not len(short): return batch
         again = self._compose(count[short], generator)
         for k in ('grids', *again.objects()): getattr(batch, k)[short] = getattr(again, k)
-    raise UserError(f"The recipe {r.name!r} wants up to {r.max_objects} objects, too many objects for a grid of {r.size}x{r.size}: on {len(short)} of "
-                    f"{n} grids some found no place, {r.max_redraws} times over. Ask for fewer or smaller ones.")
+    raise UserError(f"The recipe {r.name!r} wants up to {r.max_objects} objects, too many objects for a grid of {r.size}x{r.size}: on "
+                    f"{len(short)} of {n} grids some found no place, {r.max_redraws} times over. Ask for fewer or smaller ones.")
 
-# %% ../../nbs/12_composition.ipynb #9529f6bb
+# %% ../../nbs/12_composition.ipynb #3bae03b0
 @patch
 @torch.no_grad()
 def sample(self:AtomicImageGenerator,
@@ -315,7 +318,8 @@ def sample(self:AtomicImageGenerator,
           )->Batch:
     "`n` grids and what was drawn on them. The same generator state gives the same grids on the same device."
     if not isinstance(n, int) or n < 1: raise UserError(f"The number of grids {n!r} is not a whole number from 1.")
-    if generator.device.type != self.device.type: raise UserError(f"The random generator is on {generator.device}, the tables are on {self.device}.")
+    if generator.device.type != self.device.type:
+        raise UserError(f"The random generator is on {generator.device}, the tables are on {self.device}.")
     draw = self._plain if self.recipe.scene is None else self._arc_like
     return cat_batches([draw(min(self.chunk, n-i), generator) for i in range(0, n, self.chunk)])
 
@@ -455,10 +459,12 @@ def _arc_like(self:AtomicImageGenerator, n, rng)->Batch:
     batch.scene = sum(chosen[k].to(torch.uint8) << b for b, k in enumerate(SCENE_FLAGS))
     return batch
 
-# %% ../../nbs/12_composition.ipynb #d2273d0c
-_arc_scene = Scene(sides=(0, .003, .146, .024, .054, .052, .055, .039, .095, .226, .055, .057, .05, .042, .059, .043), palette=(.2, .22, .15, .14, .15, .14),
-    square=.64, small=4, dense_small=.66, dense=.1, full=.32, texture=.1, blocks=.1, repeat=.2, filled=.25, apart=.5,
+# %% ../../nbs/12_composition.ipynb #1dc81d70
+_arc_scene = Scene(
+    sides=(0, .003, .146, .024, .054, .052, .055, .039, .095, .226, .055, .057, .05, .042, .059, .043), square=.64, small=4,
+    palette=(.2, .22, .15, .14, .15, .14), dense_small=.66, dense=.1, full=.32, texture=.1, blocks=.1, repeat=.2, filled=.25, apart=.5,
     mirror=.07, separators=.07, lines=.1, noise=.12, background=.035)
-RECIPES['arc_like'] = make_recipe(name='arc_like', max_objects=16, counts=(.09, .15, .16, .14, .11, .08, .06, .05, .04, .04, .03, .03, .03, .02, .02, .02),
-    types=dict(dot=.34, rectangle=.28, line=.14, pattern=.08, frame=.05, blob=.1), cells=(2, 18), rectangle_sides=(1, 6), frame_sides=(3, 7), oriented=True,
-    colours=(.4, .48, .36, .33, .28, .2, .15, .37, .11), max_tries=16, scene=_arc_scene)
+RECIPES['arc_like'] = make_recipe(
+    name='arc_like', max_objects=16, counts=(.09, .15, .16, .14, .11, .08, .06, .05, .04, .04, .03, .03, .03, .02, .02, .02),
+    types=dict(dot=.34, rectangle=.28, line=.14, pattern=.08, frame=.05, blob=.1), cells=(2, 18), rectangle_sides=(1, 6),
+    frame_sides=(3, 7), oriented=True, colours=(.4, .48, .36, .33, .28, .2, .15, .37, .11), max_tries=16, scene=_arc_scene)

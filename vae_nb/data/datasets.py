@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'GridDataset', 'split_sizes', 'distinct_grids', 'make_datas
            'augment_grids', 'class_counts', 'merged_probs', 'set_log_prob', 'Entropy', 'source_entropy', 'deflate_nats',
            'zstd_nats', 'marginal_nats', 'position_nats', 'file_sizes']
 
-# %% ../../nbs/13_datasets.ipynb #60378192
-import io, json, math, zipfile, zlib
+# %% ../../nbs/13_datasets.ipynb #a0bf9f3c
+import json, math, zipfile, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..core import UserError, atomic_write, check_choice, check_seed, new_genera
 from .grids import PAD
 from .composition import FAMILIES, AtomicImageGenerator, Batch, cat_batches, get_recipe
 
-# %% ../../nbs/13_datasets.ipynb #4c512a3d
+# %% ../../nbs/13_datasets.ipynb #f06a47ba
 SPLITS = ('train', 'val', 'test')
 
 @dataclass
@@ -39,7 +39,9 @@ class GridDataset:
     def sizes(self)->dict: return {k: len(getattr(self, k)) for k in SPLITS}
     @property
     def raw_bytes(self)->int: return sum(getattr(self, k).numel() for k in SPLITS)
-    def __repr__(self): return f"GridDataset {self.name!r}: {self.sizes}, {'x'.join(map(str, self.train.shape[1:]))}, {self.n_symbols} symbols"
+    def __repr__(self):
+        h, w = self.train.shape[1:]
+        return f"GridDataset {self.name!r}: {self.sizes}, {h}x{w}, {self.n_symbols} symbols"
 
 # %% ../../nbs/13_datasets.ipynb #b2bc214a
 def split_sizes(samples:int)->dict:
@@ -59,7 +61,7 @@ def _fresh(grids:torch.Tensor, seen:set)->torch.Tensor:
         if key not in seen: seen.add(key); keep.append(i)
     return torch.tensor(keep, dtype=torch.long)
 
-# %% ../../nbs/13_datasets.ipynb #1f742499
+# %% ../../nbs/13_datasets.ipynb #4576065a
 def _take(batch:Batch, i)->Batch:
     return Batch(**{k: v[i.to(v.device)] for k in Batch.__dataclass_fields__ if (v := getattr(batch, k)) is not None})
 
@@ -73,7 +75,8 @@ def distinct_grids(generator:AtomicImageGenerator, n:int, rng:torch.Generator)->
         drawn += ask if len(seen) < n else int(keep[-1])+1   # up to the last one needed
         parts.append(_take(batch, keep))
         if len(keep)*100 < ask and drawn > 1000:
-            raise UserError(f"The recipe {generator.recipe.name!r} has too few different grids: {min(len(seen), n)} found in {drawn} drawn, {n} wanted. Ask for fewer samples.")
+            raise UserError(f"The recipe {generator.recipe.name!r} has too few different grids: {min(len(seen), n)} found in {drawn} drawn "
+                            f"and {n} wanted. Ask for fewer samples.")
     return cat_batches(parts), drawn
 
 # %% ../../nbs/13_datasets.ipynb #f6b0b1f7
@@ -103,7 +106,7 @@ def save_dataset(path, ds:GridDataset)->Path:
     with atomic_write(path) as f: np.savez_compressed(f, **arrays, meta=np.array(json.dumps(to_jsonable(ds.meta | dict(name=ds.name)))))
     return path
 
-# %% ../../nbs/13_datasets.ipynb #366dd90f
+# %% ../../nbs/13_datasets.ipynb #17b624b2
 def _read_arrays(path:Path)->dict:
     "All arrays of an npz file; whatever is wrong with the file becomes a `UserError`."
     if not path.is_file(): raise UserError(f"There is no data file at {path}: make one with `vae-nb generate --out {path}`.")
@@ -111,11 +114,14 @@ def _read_arrays(path:Path)->dict:
     arrays, key = {}, None
     try:
         with np.load(path, allow_pickle=False) as z:
-            for key in z.files: arrays[key] = z[key]
+            for key in z.files:
+                if key != 'meta' and key.partition('_')[0] not in SPLITS: continue   # other people's extras
+                arrays[key] = z[key]
+                if not isinstance(arrays[key], np.ndarray): raise ValueError("it is not an array")
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        pickled = 'pickle' in str(e).lower()
-        raise UserError(f"The data file {path} has a field {key!r} that " + ("holds Python objects (a pickle), which are never loaded: store plain arrays."
-                        if pickled else f"cannot be read ({e}): make the file again.")) from None
+        why = f"cannot be read ({e}): make the file again."
+        if 'pickle' in str(e).lower(): why = "holds Python objects (a pickle), which are never loaded: store plain arrays."
+        raise UserError(f"The data file {path} has a field {key!r} that {why}") from None
     return arrays
 
 # %% ../../nbs/13_datasets.ipynb #f1ad4fbd
@@ -136,7 +142,7 @@ def _read_meta(path, arrays)->dict:
         raise UserError(f"The data file {path} has a field 'meta' that is not a table of parameters with n_symbols 10 or {PAD+1}.")
     return meta
 
-# %% ../../nbs/13_datasets.ipynb #7f77998c
+# %% ../../nbs/13_datasets.ipynb #41a8f1b6
 def load_dataset(path # an .npz file with at least train, val and test
                 )->GridDataset:
     "Read and check a data set. Raises `UserError` naming the file and the field that is missing or wrong."
@@ -147,15 +153,18 @@ def load_dataset(path # an .npz file with at least train, val and test
     for k in SPLITS: _check_split(path, k, arrays[k], meta.get('n_symbols', 10))
     for k in SPLITS[1:]:
         if arrays[k].shape[1:] != arrays['train'].shape[1:]:
-            raise UserError(f"The data file {path} has a field {k!r} of grids {arrays[k].shape[1:]}, but 'train' has {arrays['train'].shape[1:]}.")
+            a, b = arrays[k].shape[1:], arrays['train'].shape[1:]
+            raise UserError(f"The data file {path} has a field {k!r} of grids {a}, but 'train' has {b}.")
     objects = {k: {} for k in SPLITS}
     for key, a in arrays.items():
         part, _, name = key.partition('_')
         if part not in SPLITS or not name: continue
         if a.dtype != np.uint8 or a.ndim < 1 or len(a) != len(arrays[part]):
-            raise UserError(f"The data file {path} has a field {key!r} of {a.dtype} {a.shape}, not uint8 with a row for each of {len(arrays[part])} grids.")
+            raise UserError(f"The data file {path} has a field {key!r} of {a.dtype} {a.shape}, not uint8 with a row for each of "
+                            f"{len(arrays[part])} grids.")
         objects[part][name] = torch.from_numpy(a)
-    return GridDataset(*(torch.from_numpy(arrays[k]) for k in SPLITS), meta, {k: v for k, v in objects.items() if v}, meta.get('name', path.stem))
+    objects = {k: v for k, v in objects.items() if v}
+    return GridDataset(*(torch.from_numpy(arrays[k]) for k in SPLITS), meta, objects, meta.get('name', path.stem))
 
 # %% ../../nbs/13_datasets.ipynb #d5c74f4a
 def _per_example(flags, a, b): return torch.where(flags[:, None, None], a, b)
@@ -168,7 +177,7 @@ def _realign(x):
     cols = (torch.arange(W, device=x.device) + left[:, None]) % W
     return x.gather(1, rows[:, :, None].expand(-1, -1, W)).gather(2, cols[:, None].expand(-1, H, -1))
 
-# %% ../../nbs/13_datasets.ipynb #afd8834c
+# %% ../../nbs/13_datasets.ipynb #be065981
 def augment_grids(x:torch.Tensor,             # (B, H, W) uint8 symbols
                   generator:torch.Generator,  # on the device of `x`
                   kinds=('rotate', 'flip'),   # any of rotate (square grids), flip, colours (1 to 9 permuted)
@@ -177,7 +186,8 @@ def augment_grids(x:torch.Tensor,             # (B, H, W) uint8 symbols
     "Each grid rotated, flipped and recoloured at random, by itself."
     for k in kinds: check_choice('Augmentation', k, ('rotate', 'flip', 'colours'))
     B, device = len(x), x.device
-    if 'rotate' in kinds and x.shape[1] != x.shape[2]: raise UserError(f"Grids of {x.shape[1]}x{x.shape[2]} are not square: they cannot be rotated.")
+    if 'rotate' in kinds and x.shape[1] != x.shape[2]:
+        raise UserError(f"Grids of {x.shape[1]}x{x.shape[2]} are not square: they cannot be rotated.")
     t, ud, lr = torch.rand(3, B, generator=generator, device=device) < .5
     if 'rotate' not in kinds: t = torch.zeros_like(t)
     if 'flip' not in kinds: lr = t ^ ud if 'rotate' in kinds else torch.zeros_like(t)   # rotations: an even number of switches
@@ -247,14 +257,14 @@ class Entropy:
     def bits(self)->float: return self.nats/math.log(2)
     def __repr__(self): return f"{self.nats:.2f} ± {self.stderr:.2f} nats a grid ({self.bits:.1f} bits)"
 
-# %% ../../nbs/13_datasets.ipynb #50495839
+# %% ../../nbs/13_datasets.ipynb #9a8e6e32
 @torch.no_grad()
 def source_entropy(recipe='simplified', # one without a scene, whose choices can be listed
                    samples=6000,        # grids drawn
                    seed=0)->Entropy:    # random seed
     "Entropy of what a recipe draws: number of objects, and the unordered set of shapes, places and colours."
     r, rng = get_recipe(recipe), new_generator(seed, 'entropy')
-    if r.scene is not None: raise UserError(f"The recipe {r.name!r} has a scene: its choices cannot be listed, so its entropy is not known.")
+    if r.scene is not None: raise UserError(f"The recipe {r.name!r} has a scene: its choices cannot be listed, its entropy is not known.")
     gen, counts = AtomicImageGenerator(r), range(r.min_objects, r.max_objects+1)
     weights = np.array(r.counts or [1.]*len(counts)); weights = weights/weights.sum(); means, errors = [], []
     for n, w in zip(counts, weights):

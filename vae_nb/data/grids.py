@@ -28,22 +28,23 @@ def arc_cmap()->ListedColormap:
     "The ten ARC colours and the padding as a matplotlib colour map, to be used with `vmin=-0.5, vmax=10.5`."
     return ListedColormap(ARC_COLORS, name='arc')
 
-# %% ../../nbs/10_grids.ipynb #5e714759
+# %% ../../nbs/10_grids.ipynb #1f307f04
 def to_array(grid # tensor, array or nested list of symbols, height x width
             )->np.ndarray:
     "`grid` as a two-dimensional array of small integers. Raises `UserError` if it is not one."
     a = grid.detach().cpu().numpy() if isinstance(grid, torch.Tensor) else np.asarray(grid)
-    if a.ndim != 2 or not a.size: raise UserError(f"A grid has a height and a width, this has the shape {a.shape}: pass one grid at a time.")
+    if a.ndim != 2 or not a.size: raise UserError(f"A grid has a height and a width, not the shape {a.shape}: pass one grid at a time.")
     if a.dtype.kind not in 'iub' or a.min() < 0 or a.max() > PAD:
         raise UserError(f"A grid holds whole symbols from 0 to {PAD}, this holds {a.dtype} from {a.min()} to {a.max()}.")
     return a.astype(np.uint8)
 
-# %% ../../nbs/10_grids.ipynb #15c7a25e
+# %% ../../nbs/10_grids.ipynb #d1687c6b
 def crop(grid)->np.ndarray:
     "`grid` without its padding: padding may only fill whole rows at the bottom and whole columns at the right."
     a = to_array(grid); inside = a != PAD
     h, w = inside.any(1).sum(), inside.any(0).sum()
-    if not (inside[:h, :w].all() and inside.sum() == h*w and h*w): raise UserError("The padding of this grid is not a margin at its right and bottom.")
+    if not (inside[:h, :w].all() and inside.sum() == h*w and h*w):
+        raise UserError("The padding of this grid is not a margin at its right and bottom.")
     return a[:h, :w]
 
 # %% ../../nbs/10_grids.ipynb #d1636d3d
@@ -118,15 +119,14 @@ def components(grids # stack or list
     found = [_regions(x == c) for c in range(1, PAD)]
     return np.concatenate([o for o,_ in found]), np.concatenate([s for _,s in found])
 
-# %% ../../nbs/10_grids.ipynb #68e0118d
+# %% ../../nbs/10_grids.ipynb #f9d77603
 def _symmetries(x, h, w)->dict:
     "Which grids equal their own mirror images or half turn."
     res = {k: np.zeros(len(x), bool) for k in ('sym_lr', 'sym_ud', 'sym_rot', 'sym_diag')}
     for a, b in np.unique(np.stack([h, w], 1), axis=0):
         i = np.flatnonzero((h == a) & (w == b)); g = x[i, :a, :b]
-        same = lambda o: (g == o).all((1, 2))
-        res['sym_lr'][i], res['sym_ud'][i], res['sym_rot'][i] = same(g[:,:,::-1]), same(g[:,::-1]), same(g[:,::-1,::-1])
-        if a == b: res['sym_diag'][i] = same(g.swapaxes(1,2))
+        turned = dict(sym_lr=g[:,:,::-1], sym_ud=g[:,::-1], sym_rot=g[:,::-1,::-1]) | (dict(sym_diag=g.swapaxes(1,2)) if a == b else {})
+        for k, o in turned.items(): res[k][i] = (g == o).all((1, 2))
     return res
 
 # %% ../../nbs/10_grids.ipynb #42aa556d
@@ -148,21 +148,23 @@ def grid_stats(grids # stack (with or without padding) or list of grids
 # %% ../../nbs/10_grids.ipynb #fa999d06
 def _q(v)->str: return '/'.join(f'{q:.2g}' for q in np.nanquantile(np.asarray(v, float), (.05,.25,.5,.75,.95)))
 
-# %% ../../nbs/10_grids.ipynb #1b8338b9
+# %% ../../nbs/10_grids.ipynb #bf5fed74
 def stats_column(grids)->dict:
     "The rows of `stats_table` for one collection."
     s = grid_stats(grids); cells = s.height*s.width; side = s[['height','width']].max(axis=1)
     share = lambda m: round(float(np.mean(m)), 3)
-    return {'grids': len(s), 'black share, pooled': share((s.black*cells).sum()/cells.sum()), 'black share, mean': share(s.black), 'black share, quantiles': _q(s.black),
-        '0 is commonest': share(s.black_commonest), 'contains no 0': share(s.no_black),
-        'colours, mean': share(s.colours), **{f'{k} colours': share(s.colours==k) for k in (1,2,3,4)}, '5 or more colours': share(s.colours>=5),
-        'entropy, bits/cell': share(s.entropy), 'height, quantiles': _q(s.height), 'at most 10x10': share(side<=10), 'at most 16x16': share(side<=16),
-        'square': share(s.height==s.width), 'components, mean': share(s.components), 'components, quantiles': _q(s.components),
+    return {
+        'grids': len(s), 'black share, pooled': share((s.black*cells).sum()/cells.sum()), 'black share, mean': share(s.black),
+        'black share, quantiles': _q(s.black), '0 is commonest': share(s.black_commonest), 'contains no 0': share(s.no_black),
+        'colours, mean': share(s.colours), **{f'{k} colours': share(s.colours==k) for k in (1,2,3,4)},
+        '5 or more colours': share(s.colours>=5), 'entropy, bits/cell': share(s.entropy), 'height, quantiles': _q(s.height),
+        'at most 10x10': share(side<=10), 'at most 16x16': share(side<=16), 'square': share(s.height==s.width),
+        'components, mean': share(s.components), 'components, quantiles': _q(s.components),
         'objects, mean': share(s.objects), 'objects, quantiles': _q(s.objects), 'median component, quantiles': _q(s.median_size),
         '1-cell components, pooled': share(s.one_cell.sum()/max(s.components.sum(), 1)),
         '1-cell components, mean share': share((s.one_cell/s.components)[s.components > 0]),
-        **{n: share(s[k]) for n, k in {'left-right symmetric':'sym_lr', 'up-down symmetric':'sym_ud', 'half-turn symmetric':'sym_rot',
-                                       'diagonal symmetric':'sym_diag', 'any symmetry':'sym_any'}.items()}}
+        'left-right symmetric': share(s.sym_lr), 'up-down symmetric': share(s.sym_ud), 'half-turn symmetric': share(s.sym_rot),
+        'diagonal symmetric': share(s.sym_diag), 'any symmetry': share(s.sym_any)}
 
 # %% ../../nbs/10_grids.ipynb #cac6a309
 def stats_table(collections:dict # name -> grids

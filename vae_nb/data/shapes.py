@@ -53,7 +53,7 @@ def show_shapes(shapes, ncols=12, size=.75, color=8, axs=None, titles=None):
         boards.append(np.pad(s.mask*color, ((top, side-s.height-top), (left, side-s.width-left))))
     return show_grids(boards, ncols=ncols, size=size, axs=axs, titles=titles)
 
-# %% ../../nbs/11_shapes.ipynb #68834176
+# %% ../../nbs/11_shapes.ipynb #45711c87
 class ShapeGenerator:
     "A finite distribution over shapes. A subclass lists them in `_list`, with any positive weights as `prob`."
     type = 'shape'
@@ -61,7 +61,7 @@ class ShapeGenerator:
     @cached_property
     def _all(self):
         found = self._list()
-        if not found: raise UserError(f"This {type(self).__name__} can make no shape at all: its sides, lengths or cells leave nothing over.")
+        if not found: raise UserError(f"This {type(self).__name__} can make no shape: its sides, lengths or cells leave nothing over.")
         total = sum(s.prob for s in found)
         return [replace(s, prob=s.prob/total) for s in found]
     def shapes(self)->list:
@@ -199,7 +199,7 @@ def grow_blobs(sizes:torch.Tensor,        # (n,) cells wanted
         board.view(n, -1).scatter_add_(1, pick, (sizes > step).float()[:, None])
     return board[:, 0] > 0
 
-# %% ../../nbs/11_shapes.ipynb #32791552
+# %% ../../nbs/11_shapes.ipynb #887d01a9
 class BlobGenerator(ShapeGenerator):
     "Connected blobs grown cell by cell; the number of cells is uniform."
     type = 'blob'
@@ -209,8 +209,9 @@ class BlobGenerator(ShapeGenerator):
         self.cells, self.list_limit = _span('cells', cells), list_limit
     def _list(self):
         if self.cells[-1] > self.list_limit:
-            raise UserError(f"Blobs of up to {self.cells[-1]} cells are too many to list: draw them, or ask for at most {self.list_limit} cells.")
-        return [replace(shape_of('blob', (n, i), b), prob=p) for n in self.cells for i, (b, p) in enumerate(blobs_of_size(n).items())]
+            raise UserError(f"Blobs of up to {self.cells[-1]} cells are too many to list: draw them, or ask for {self.list_limit} cells.")
+        listed = [(n, i, b, p) for n in self.cells for i, (b, p) in enumerate(blobs_of_size(n).items())]
+        return [replace(shape_of('blob', (n, i), b), prob=p) for n, i, b, p in listed]
     def draw(self, n:int, generator:torch.Generator)->list:
         "`n` blobs, grown independently."
         sizes = torch.randint(self.cells[0], self.cells[-1]+1, (n,), generator=generator, device=generator.device)

@@ -84,7 +84,7 @@ def error_kinds(x, pred)->dict:
     x, p = np.asarray(x), np.asarray(pred); wrong = x != p
     return dict(missed=int((wrong & (p == 0)).sum()), recoloured=int((wrong & (x > 0) & (p > 0)).sum()), ghost=int((wrong & (x == 0)).sum()))
 
-# %% ../../nbs/43_galleries.ipynb #89461ae5
+# %% ../../nbs/43_galleries.ipynb #d870f490
 def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
                     rank)->dict:                       # rank(name, value): share of the data with a smaller value
     "Evidence about one wrong reconstruction, and the `reason` that it supports."
@@ -93,9 +93,10 @@ def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
     alone = torch.stack([grid*torch.from_numpy(m).to(grid.device) for m in hit]) if hit else grid[None][:0]
     right = (vae.reconstruct(alone) == alone).flatten(1).all(1).sum().item() if hit else 0
     crowd = rank('objects', len(objs)); n = len(hit); top = f"{len(objs)} objects, more than {crowd:.0%} of grids"
+    which = lambda n: 'the wrong object is' if n == 1 else f'all {n} wrong objects are'
     if not hit: reason = f"ghost: {kinds['ghost']} cells painted beside objects that are all right"
-    elif right == n: reason = f"crowding: all {n} wrong objects are right when alone ({top})"
-    elif right == 0: reason = f"shape: {n} of {n} wrong objects are wrong even alone (sizes {', '.join(str(int(m.sum())) for m in hit)})"
+    elif right == n: reason = f"crowding: {which(n)} right when alone ({top})"
+    elif right == 0: reason = f"shape: {which(n)} wrong even alone ({', '.join(str(int(m.sum())) for m in hit)} cells)"
     else: reason = f"both: {right} of {n} wrong objects are right alone ({top})"
     return kinds | dict(wrong=int(wrong.sum()), objects=len(objs), wrong_objects=n, right_alone=right, crowd_rank=crowd, reason=reason)
 

@@ -43,7 +43,7 @@ class Terms:
     @property
     def nelbo(self): return self.nll + self.kl.sum(1)
 
-# %% ../../nbs/22_vae.ipynb #d21049fb
+# %% ../../nbs/22_vae.ipynb #bbec8ea0
 logvar_range = (-16., 4.)
 
 class VAE(nn.Module):
@@ -51,12 +51,13 @@ class VAE(nn.Module):
     def __init__(self, size:int=16,                    # side of the square picture: 16, 28, 32 or 64
                  likelihood:Likelihood=None,           # what the pixels mean; default: ten symbols
                  latent_dim:int=64, width:int=32,      # channels of the first stage; later stages have 2 and 4 times as many
-                 depth:int=1, hidden:int=256):         # residual blocks a stage; units of the fully connected layers
+                 depth:int=1, hidden:int=256,          # residual blocks a stage; units of a flat code's fully connected layers
+                 code:str='map'):                      # 'map' or 'flat': notebook 21
         super().__init__()
         self.size, self.latent_dim = size, latent_dim
         self.likelihood = likelihood or make_likelihood('categorical', n_symbols=10)
-        self.encoder = ConvEncoder(size, self.likelihood.n_channels_in, latent_dim, width, depth, hidden)
-        self.decoder = ConvDecoder(size, self.likelihood.n_params, latent_dim, width, depth, hidden)
+        self.encoder = ConvEncoder(size, self.likelihood.n_channels_in, latent_dim, width, depth, hidden, code)
+        self.decoder = ConvDecoder(size, self.likelihood.n_params, latent_dim, width, depth, hidden, code)
 
     def encode(self, x):                               # (B, H, W) data -> (B, D), (B, D)
         mu, logvar = self.encoder(self.likelihood.embed(x))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core import UserError, nearest
 from ..models.objective import beta_schedules, reductions, weightings
 
-# %% ../../nbs/30_config.ipynb #46eafb80
+# %% ../../nbs/30_config.ipynb #ac4b9924
 augmentations = ('rotate', 'flip', 'colours')
 
 class TrainConfig(BaseModel):
@@ -31,7 +31,8 @@ class TrainConfig(BaseModel):
     latent_dim: int = Field(64, ge=1, description="dimensions of the code")
     width: int = Field(32, ge=4, multiple_of=4, description="channels of the first stage; later stages have 2 and 4 times as many")
     depth: int = Field(1, ge=0, description="residual blocks a stage; 0 is a plain convolutional network")
-    hidden: int = Field(256, ge=1, description="units of the fully connected layers beside the code")
+    code: Literal['map', 'flat'] = Field('map', description="where the code lives: channels on the last map's places, or behind fully connected layers")
+    hidden: int = Field(256, ge=1, description="units of the fully connected layers of a flat code")
     # objective
     beta_schedule: Literal[beta_schedules] = Field('linear', description="how beta grows")
     beta_max: float = Field(1., ge=0, description="beta at the end of the schedule (all the way for constant)")

@@ -56,12 +56,12 @@ class Trainer:
         self.stop_signal, self.gen = None, torch.Generator(device=self.device)
         self.build()
 
-# %% ../../nbs/33_trainer.ipynb #20a1e190
+# %% ../../nbs/33_trainer.ipynb #e54d1913
 def build_vae(params:dict,   # the configuration's fields
               size:int, n_symbols:int)->VAE:
     "The network a configuration describes, freshly initialised from torch's global generator."
     lik = make_likelihood(params['likelihood'], n_symbols=n_symbols)
-    return VAE(size, lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden')})
+    return VAE(size, lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden', 'code')})
 
 # %% ../../nbs/33_trainer.ipynb #38957913
 @patch
