@@ -49,7 +49,7 @@ def function_options(f,
         if n not in skip: res.append(make_option(n, kind, default, docs.get(n) or '', required=p.default is empty))
     return res
 
-# %% ../nbs/93_cli.ipynb #1a25c1fc
+# %% ../nbs/93_cli.ipynb #5baf2fe9
 class Stopped(Exception):
     "Ctrl-C, with what the function said about it (typer keeps a KeyboardInterrupt to itself)."
 
@@ -59,7 +59,7 @@ def with_options(f, params, doc):
         try: return f(**{k: v for k, v in kw.items() if v is not None})
         except KeyboardInterrupt as e: raise Stopped(str(e) or 'Stopped.') from None
     command.__signature__ = inspect.Signature(params); command.__annotations__ = {p.name: p.annotation for p in params}
-    command.__name__, command.__doc__ = f.__name__, doc.split(' Raises ')[0]      # the rest is for programmers
+    command.__name__, command.__doc__ = f.__name__, (doc or '').split(' Raises ')[0]      # the rest is for programmers
     return command
 
 # %% ../nbs/93_cli.ipynb #c4914895

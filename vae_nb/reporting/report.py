@@ -172,7 +172,7 @@ def page_markdown(settings, runs, base)->str:
         parts.append(src)
     return fill('\n\n'.join(parts), filler).strip() + '\n'
 
-# %% ../../nbs/81_report.ipynb #6d4ca5bc
+# %% ../../nbs/81_report.ipynb #c7460b2e
 style = """<style>
 body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin-top: 2em; } h1 { margin-top: 0; } h2 { border-bottom: 1px solid #ddd; padding-bottom: .2em; }
@@ -185,7 +185,8 @@ code { font-size: .9em; background: #f6f8fa; } a { color: #0b5394; }
 blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid #ccc; color: #444; }
 @media print {
   body { max-width: none; margin: 0; font-size: 11px; } table { display: table; }
-  tr, img, pre { break-inside: avoid; } h2, h3, p:has(> img), p:has(> strong:only-child) { break-after: avoid; } sub { break-before: avoid; }
+  tr, img, pre { break-inside: avoid; } sub { break-before: avoid; }
+  h2, h3, p:has(> img), p:has(> strong:only-child) { break-after: avoid; }
 }
 </style>"""
 
