@@ -54,7 +54,7 @@ class Scene(_Record):
         if not 1 <= len(self.palette) <= 8: raise ValueError("palette needs weights for one to eight colours")
         return self
 
-# %% ../../nbs/12_composition.ipynb #ef3932c3
+# %% ../../nbs/12_composition.ipynb #fcda13c4
 class Recipe(_Record):
     "Everything that decides what the grids of a data set look like."
     name: str = 'custom'
@@ -80,7 +80,7 @@ class Recipe(_Record):
         weights = dict(colours=self.colours, types=tuple(self.types.values()), counts=self.counts or (1.,), sides=sides or (1.,))
         rules = [(2 <= size <= 64, f"size {size} is not from 2 to 64"),
             (1 <= lo <= hi, f"min_objects {lo} and max_objects {hi} must satisfy 1 <= min <= max"),
-            (hi*self.cells[0] <= size**2, f"max_objects {hi} of {self.cells[0]} cells or more are too many objects for a grid of {size}x{size}"),
+            (hi*self.cells[0] <= size**2, f"max_objects {hi} of {self.cells[0]} cells are too many objects for a grid of {size}x{size}"),
             (not self.counts or len(self.counts) == hi-lo+1, "counts needs one weight for each number of objects"),
             (len(self.colours) == 9, f"colours needs nine weights, for 1 to 9, not {len(self.colours)}"),
             (sides is None or len(sides) == size, f"scene.sides needs one weight for each side from 1 to {size}"),
@@ -247,7 +247,7 @@ def _choose(weights, shape, generator)->torch.Tensor:
     u = torch.rand(shape, generator=generator, device=generator.device)
     return torch.bucketize(u, (cdf/cdf[-1])[:-1].float(), right=True)
 
-# %% ../../nbs/12_composition.ipynb #70903556
+# %% ../../nbs/12_composition.ipynb #bae0ef58
 class AtomicImageGenerator:
     "Composes grids by a recipe, many at once, on the device of the random generator it is given."
     def __init__(self,
@@ -257,7 +257,7 @@ class AtomicImageGenerator:
         self.shapes = recipe_shapes(self.recipe)
         self.table = build_placements(self.shapes, self.recipe.size, self.device)
         if self.recipe.scene: self.halo, self.fitting = with_margin(self.table), fitting(self.table)
-        self.chunk = 2**15 if self.device.type == 'cpu' else 2**20   # grids worked on at once: what fits the cache, or fills the GPU
+        self.chunk = 2**15 if self.device.type == 'cpu' else 2**17 if self.recipe.scene else 2**20   # grids worked on at once
 
 # %% ../../nbs/12_composition.ipynb #f427d31e
 @patch

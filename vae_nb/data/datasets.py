@@ -257,12 +257,12 @@ class Entropy:
     def bits(self)->float: return self.nats/math.log(2)
     def __repr__(self): return f"{self.nats:.2f} ± {self.stderr:.2f} nats a grid ({self.bits:.1f} bits)"
 
-# %% ../../nbs/13_datasets.ipynb #9a8e6e32
+# %% ../../nbs/13_datasets.ipynb #2b7e8de2
 @torch.no_grad()
 def source_entropy(recipe='simplified', # one without a scene, whose choices can be listed
                    samples=6000,        # grids drawn
                    seed=0)->Entropy:    # random seed
-    "Entropy of what a recipe draws: number of objects, and the unordered set of shapes, places and colours."
+    "Entropy of what a recipe draws: the number of objects, and the unordered set of shapes (blobs: of its bank), places and colours."
     r, rng = get_recipe(recipe), new_generator(seed, 'entropy')
     if r.scene is not None: raise UserError(f"The recipe {r.name!r} has a scene: its choices cannot be listed, its entropy is not known.")
     gen, counts = AtomicImageGenerator(r), range(r.min_objects, r.max_objects+1)
