@@ -29,7 +29,8 @@ def test_help_of_each_command(cli, name):
     ('train --beta-schedule cosinus', 'cosine'), ('train --beta-mux 1', '--beta-max'), ('train --epochs many', '--epochs'),
     ('train --beta-max -1', 'beta_max'), ('train --config no.yaml', 'no.yaml'), ('train --data-path no.npz', 'no.npz'),
     ('generate', '--out'),
-    ('generate --out no/x.npz --samples 0', 'samples'), ('generate --out no/x.npz --recipe simplifed', 'simplified'), ('evaluate no/such/run', 'no/such/run')])
+    ('generate --out no/x.npz --samples 0', 'samples'),
+    ('generate --out no/x.npz --recipe simplifed', 'simplified'), ('evaluate no/such/run', 'no/such/run')])
 def test_mistakes_get_one_sentence(cli, args, said):
     assert said in one_sentence(cli(*args.split()))
 

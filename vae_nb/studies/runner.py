@@ -55,9 +55,9 @@ def run_status(path)->RunStatus:
     if bad: return RunStatus('failed', f'code cell {bad[0][0]} {bad[0][1]}')
     return RunStatus('complete', '')
 
-# %% ../../nbs/60_runner.ipynb #2a1bbef7
+# %% ../../nbs/60_runner.ipynb #d4d4a18f
 def _called(path): return f'{Path(path).parent.name}/{Path(path).name}'
-def _lock_path(path): return Path(path).parent/f'.{Path(path).name}.lock'
+def _lock_path(path): return Path(path).absolute().parents[1]/'.locks'/_called(path).replace('/', '.')
 
 def _lock_holder(path):
     "Process number of whoever holds the lock of run folder `path`, or None."
