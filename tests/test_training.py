@@ -43,7 +43,8 @@ def wait_for_step(out, step, proc, limit=60):
 def test_killed_and_continued_gives_the_same_weights(data, tmp_path):
     subprocess.run(command(data, tmp_path/'whole', '--checkpoint-minutes', '5'), env=ENV, check=True, capture_output=True)
     for kill_at in (3, 37, 71):         # SIGKILL in three epochs, at whatever moment it strikes
-        p = subprocess.Popen(command(data, tmp_path/'killed', '--checkpoint-minutes', '0'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen(command(data, tmp_path/'killed', '--checkpoint-minutes', '0'), env=ENV,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         wait_for_step(tmp_path/'killed', kill_at, p)
         p.send_signal(signal.SIGKILL); assert p.wait() == -signal.SIGKILL; p.stderr.close()
         assert not (tmp_path/'killed'/'metrics.json').exists()
@@ -59,7 +60,8 @@ def test_killed_and_continued_gives_the_same_weights(data, tmp_path):
 
 
 def test_sigterm_saves_says_so_and_goes_on(data, tmp_path):
-    p = subprocess.Popen(command(data, tmp_path/'run', '--epochs', '400', '--patience', '0'), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(command(data, tmp_path/'run', '--epochs', '400', '--patience', '0'), env=ENV,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path/'run', 50, p); p.send_signal(signal.SIGTERM)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'Stopped by SIGTERM' in err and 'Traceback' not in err
@@ -68,7 +70,8 @@ def test_sigterm_saves_says_so_and_goes_on(data, tmp_path):
 
 @pytest.mark.parametrize('extra, said', [
     (['--beta-schedule', 'constnat'], 'constnat'), (['--beta-max', '-1'], 'beta'), (['--bata-max', '1'], '--beta-max'),
-    (['--data-path', 'nowhere.npz'], 'vae-nb generate --out nowhere.npz'), (['--device', 'cuda:7'], 'cuda:7'), (['--augment', 'rotation'], 'rotate')])
+    (['--data-path', 'nowhere.npz'], 'vae-nb generate --out nowhere.npz'), (['--device', 'cuda:7'], 'cuda:7'),
+    (['--augment', 'rotation'], 'rotate')])
 def test_bad_input_is_one_sentence(data, tmp_path, extra, said):
     p = subprocess.run(command(data, tmp_path/'run', *extra), env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and said in p.stderr and 'Traceback' not in p.stderr
@@ -96,8 +99,8 @@ def test_trains_with_augmentation(data, tmp_path, kinds):
 def test_wandb_offline_for_real(data, tmp_path):
     pytest.importorskip('wandb')
     env = ENV | dict(WANDB_MODE='offline', WANDB_SILENT='true')
-    subprocess.run(command(data, tmp_path/'run', '--tracker', 'wandb', '--beta-schedule', 'constant', '--beta-max', '0.0', '--image-every', '2'),
-                   env=env, check=True, capture_output=True, timeout=300)
+    options = ['--tracker', 'wandb', '--beta-schedule', 'constant', '--beta-max', '0.0', '--image-every', '2']
+    subprocess.run(command(data, tmp_path/'run', *options), env=env, check=True, capture_output=True, timeout=300)
     files = list((tmp_path/'run').rglob('*.wandb')); assert len(files) == 1
     raw = files[0].read_bytes()           # W&B's own log of records; names, tags and keys stand in it as text
     wanted = ['simplified-dataset-beta0-capacity-validation', 'simplified-dataset', 'capacity-validation', 'beta-disabled',
@@ -117,16 +120,18 @@ def test_a_failing_tracker_does_not_fail_the_run(data, tmp_path, monkeypatch):
         def finish(self): raise ConnectionError('still none')
     monkeypatch.setitem(tracking.trackers, 'tensorboard', Down)
     with pytest.warns(UserWarning, match='training goes on without it'):
-        r = fit(dict(epochs=2, width=8, depth=0, latent_dim=16, tracker='tensorboard', device='cpu'), tmp_path/'run', load_dataset(data), 'none')
+        r = fit(dict(epochs=2, width=8, depth=0, latent_dim=16, tracker='tensorboard', device='cpu'),
+                tmp_path/'run', load_dataset(data), 'none')
     assert r['status'] == 'epochs' and r['tracker_errors'] >= 1
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path):
-    p = subprocess.Popen(command(data, tmp_path/'run', '--epochs', '400', '--checkpoint-minutes', '0'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    again = command(data, tmp_path/'run', '--epochs', '400', '--checkpoint-minutes', '0')
+    p = subprocess.Popen(again, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path/'run', 30, p); p.kill(); p.wait()
     folder = read_json(tmp_path/'run'/'checkpoint'/'latest.json')['folder']
     (tmp_path/'run'/'checkpoint'/folder/'optimiser.pt').write_bytes(b'not a checkpoint')
-    p = subprocess.run(command(data, tmp_path/'run', '--epochs', '400', '--checkpoint-minutes', '0'), env=ENV, capture_output=True, text=True)
+    p = subprocess.run(again, env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and 'cannot be read' in p.stderr and 'Traceback' not in p.stderr
 
 
@@ -134,5 +139,6 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
 def test_trains_on_a_gpu_in_bfloat16(data, tmp_path):
     from vae_nb.training.trainer import fit
-    r = fit(dict(epochs=3, width=32, latent_dim=64, device='cuda', focal_gamma=0, class_weights='none'), tmp_path/'run', load_dataset(data), 'none')
+    r = fit(dict(epochs=3, width=32, latent_dim=64, device='cuda', focal_gamma=0, class_weights='none'),
+            tmp_path/'run', load_dataset(data), 'none')
     assert r['nonfinite'] == 0 and r['nelbo'] < 300

@@ -105,11 +105,11 @@ def _top(ctx: typer.Context, version: Annotated[bool, typer.Option('--version', 
         print(f'vae-nb {__version__}'); raise typer.Exit()
     if ctx.invoked_subcommand is None: print(ctx.get_help()); raise typer.Exit()
 
-# %% ../nbs/93_cli.ipynb #914fd45f
+# %% ../nbs/93_cli.ipynb #06c3f40b
 @lazy('generate', "Make a data set of ARC-like grids and write it as one .npz file.")
 def _generate():
-    from vae_nb.generate import generate
-    def run(**given): _say(generate(**given))
+    from vae_nb.generate import describe, generate
+    def run(**given): print(describe(generate(**given)))
     return (with_options(run, function_options(generate), generate.__doc__),
             _examples('vae-nb generate --out data/simplified_dataset_100k.npz --samples 100000 --seed 0 --recipe simplified'))
 

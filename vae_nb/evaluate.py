@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['measure', 'evaluation_figures', 'evaluate']
 
-# %% ../nbs/92_evaluate.ipynb #97ce6581
-import sys
+# %% ../nbs/92_evaluate.ipynb #5647c6ae
 from pathlib import Path
-import matplotlib.pyplot as plt, torch
+import matplotlib.pyplot as plt
 
 # %% ../nbs/92_evaluate.ipynb #66cdfe75
 from .core import UserError, atomic_write, check_choice, new_generator, pick_device, read_json, write_json
@@ -22,7 +21,7 @@ from .models.vae import VAE
 from .runs import read_events, set_style
 from .training.trainer import find_data, load_vae
 
-# %% ../nbs/92_evaluate.ipynb #b1af017a
+# %% ../nbs/92_evaluate.ipynb #716e39b5
 def measure(vae:VAE, data:GridDataset, # the data set the model was trained on
             x,                         # (N, H, W) the examples to measure on, on the model's device
             K:int=10,                  # importance samples of the tighter bound; 0: skip it
@@ -36,16 +35,19 @@ def measure(vae:VAE, data:GridDataset, # the data set the model was trained on
     res |= dict(active_units=active_units(mu), heard=shuffled_nll(vae, x, seed)['heard'], ece=calibration(vae, x, seed=seed)['ece'])
     res |= {k: v for k, v in rate_split(mu, logvar, seed).items() if k in ('mutual_information', 'marginal_kl')}
     s = sample_scores(samples.cpu(), data.train, data.n_symbols)
-    res |= {f'sample_{k}': s[k] for k in ('colour_distance', 'coloured_cells', 'distinct', 'copies')} | dict(data_coloured_cells=s['data_coloured_cells'])
+    res |= {f'sample_{k}': s[k] for k in ('colour_distance', 'coloured_cells', 'distinct', 'copies')}
+    res |= dict(data_coloured_cells=s['data_coloured_cells'])
     if K: r = iwae(vae, x[:K_examples], K, seed); res |= {f'iwae_{K}': r['nll'], f'iwae_{K}_se': r['nll_se'], f'iwae_{K}_ess': r['ess']}
     return res
 
-# %% ../nbs/92_evaluate.ipynb #392cc296
+# %% ../nbs/92_evaluate.ipynb #f95153ba
 def evaluation_figures(run, vae:VAE, x, seed:int=0)->dict: # name: figure
     "Reconstructions, samples, failures, colours, rates and, if the run has a log, curves."
     set_style(); pred = reconstruct_all(vae, x); sc = reconstruction_scores(vae, x, pred); c = lambda t: t.cpu()
     figs = dict(reconstructions=show_pairs(c(x[:12]), c(pred[:12]))[0, 0].figure)
-    figs['samples'] = show_grids(c(vae.sample(32, new_generator(seed, 'samples', device=x.device))), ncols=16, size=.7)[0].figure
+    samples = vae.sample(32, new_generator(seed, 'samples', device=x.device))
+    with plt.rc_context({'figure.constrained_layout.use': False}):         # show_grids sets its own margins
+        figs['samples'] = show_grids(c(samples), ncols=16, size=.7)[0].figure
     figs['failures'] = show_failures(c(x), c(pred), failure_gallery(vae, x, 16, pred))[0, 0].figure
     figs['colours'], ax = plt.subplots(figsize=(5, 2)); plot_colours(dict(true=sc['true_share'], predicted=sc['predicted_share']), ax)
     figs['rates'], ax = plt.subplots(figsize=(4, 2)); plot_kl_per_dim(measure_nelbo(vae, x, seed)['kl_per_dim'], ax)
@@ -53,30 +55,36 @@ def evaluation_figures(run, vae:VAE, x, seed:int=0)->dict: # name: figure
     if epochs: figs['curves'], axs = plt.subplots(1, 3, figsize=(8, 2)); plot_curves(steps, epochs, axs)
     return figs
 
-# %% ../nbs/92_evaluate.ipynb #14d06435
+# %% ../nbs/92_evaluate.ipynb #e8290f9a
 def evaluate(run:Path,               # folder of a training run
              data_path:str='',       # another data set than the one it was trained on
              split:str='test',       # train, val or test
              limit:int=0,            # only the first so many examples (0: all)
              draws:int=100,          # importance samples K of the tighter bound; 0 skips it
              draw_examples:int=1000, # examples it is computed on
-             seed:int=0, device:str='auto', 
+             seed:int=0,             # random seed of codes, samples and importance samples
+             device:str='auto',      # auto, cpu, cuda or cuda:N
              out:Path=None           # where to write; default: RUN/evaluation
             )->Path:                 # folder with metrics.json and figures/
     "Measure a trained VAE: numbers and pictures from its checkpoint alone."
-    run = Path(run); dev = pick_device(device); vae = load_vae(run, device=dev); rec = read_json(run/'config.json', 'configuration')
-    if draws < 0 or limit < 0 or draw_examples < 1: raise UserError(f"draws {draws} and limit {limit} must be zero or more, draw_examples {draw_examples} at least one.")
+    run = Path(run)
+    if not (run/'config.json').exists(): raise UserError(f"There is no training run at {run}: it has no config.json.")
+    dev = pick_device(device); vae = load_vae(run, device=dev); rec = read_json(run/'config.json', 'configuration')
+    if draws < 0 or limit < 0 or draw_examples < 1:
+        raise UserError(f"draws {draws} and limit {limit} must be zero or more, draw_examples {draw_examples} at least one.")
     data = load_dataset(find_data(data_path or rec['params']['data_path']))
     x = getattr(data, check_choice("Split", split, SPLITS)); x = (x[:limit] if limit else x)
     vae.likelihood.check(x); out = Path(out) if out else run/'evaluation'
-    if x.shape[-1] != vae.size: raise UserError(f"The grids are {x.shape[-1]} cells wide, the network in {run} takes {vae.size}: evaluate it on its own data.")
+    if x.shape[-1] != vae.size:
+        raise UserError(f"The grids are {x.shape[-1]} cells wide, the network in {run} takes {vae.size}: evaluate it on its own data.")
     res = measure(vae, data, x.to(dev), draws, draw_examples, seed)
     for name, fig in evaluation_figures(run, vae, x.to(dev), seed).items():
         with atomic_write(out/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', metadata={'Software': None})
         plt.close(fig)
     write_json(out/'metrics.json', dict(name='evaluate', run=run.name, seed=seed, split=split, metrics=res))
     print(f"NELBO {res['nelbo']:.2f} ± {res['nelbo_se']:.2f} nats a grid, exact grids {res['exact_match']:.1%}, "
-          f"accuracy {res['pixel_accuracy']:.2%} where background alone gives {res['background_share']:.2%}, {res['active_units']} active units.")
+          f"accuracy {res['pixel_accuracy']:.2%} where background alone gives {res['background_share']:.2%}, "
+          f"{res['active_units']} active units.")
     return out
 
 # %% ../nbs/92_evaluate.ipynb #26b19f25

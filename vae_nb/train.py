@@ -20,7 +20,7 @@ def train_folder(config:TrainConfig)->Path:
     data = find_data(config.data_path)
     return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), data.read_bytes(), hash_package())
 
-# %% ../nbs/91_train.ipynb #1f7a2130
+# %% ../nbs/91_train.ipynb #17449013
 def train(config:TrainConfig=None, # everything that shapes the run; default: TrainConfig()
           out:Path=None            # the run folder; default: runs/train/KEY
          )->Path:                  # the run folder, complete
@@ -28,8 +28,9 @@ def train(config:TrainConfig=None, # everything that shapes the run; default: Tr
     config = config or TrainConfig(); folder = Path(out) if out else train_folder(config)
     if not (folder/'metrics.json').exists(): print(f'Training into {folder}', flush=True)
     r = fit(config, folder)
-    print(f"Ended by {r['status']} after {r['epochs']:.4g} epochs ({r['seconds']:.0f} s). Validation of the kept weights: NELBO {r['nelbo']:.2f} nats a grid "
-          f"(nll {r['nll']:.2f}, kl {r['kl']:.2f}), exact grids {r['exact_match']:.1%}, accuracy {r['pixel_accuracy']:.2%} where background alone gives {r['background_share']:.2%}.")
+    print(f"Ended by {r['status']} after {r['epochs']:.4g} epochs ({r['seconds']:.0f} s). Validation of the kept weights: "
+          f"NELBO {r['nelbo']:.2f} nats a grid (nll {r['nll']:.2f}, kl {r['kl']:.2f}), exact grids {r['exact_match']:.1%}, "
+          f"accuracy {r['pixel_accuracy']:.2%} where background alone gives {r['background_share']:.2%}.")
     return folder
 
 # %% ../nbs/91_train.ipynb #678b3262

@@ -41,13 +41,14 @@ def log_weights(vae:VAE, x:Tensor, # (B, H, W)
         out.append(-nll + 0.5*(eps.square() - z.square() + logvar).sum(-1))       # the two normalising constants cancel
     return torch.cat(out).T
 
-# %% ../../nbs/40_bounds.ipynb #883cf500
+# %% ../../nbs/40_bounds.ipynb #6d51e159
 def iwae(vae:VAE, x:Tensor,     # (N, H, W) data on the model's device
          K:int=100,             # importance samples; the number is a bound for this K
          seed:int=0,
          budget:int=2**26,      # cells decoded at once: what fits the memory
          progress:bool=False)->dict:
-    "Importance-weighted bound on -log p(x) in nats: `nll` with its standard error over examples, and the effective sample size (`ess`, mean and median)."
+    """Importance-weighted bound on -log p(x) in nats: `nll` with its standard error over examples, and the effective sample size
+    (`ess`, mean and median)."""
     if K < 1: raise UserError(f"K is {K}: importance sampling needs at least one draw.")
     gen, cells = new_generator(seed, 'iwae', device=x.device), x[0].numel()*vae.likelihood.n_params
     batch = max(1, min(len(x), 1024, budget//cells)); chunk = max(1, min(K, budget//(cells*batch)))

@@ -18,11 +18,11 @@ from .latents import encode_all
 from .metrics import reconstruct_all
 from ..models.vae import VAE, gaussian_kl
 
-# %% ../../nbs/43_galleries.ipynb #ef258f1b
+# %% ../../nbs/43_galleries.ipynb #9ccab145
 def mark_errors(ax, x, pred):
     "A white ring with a dark rim on every cell where `pred` differs from `x`; returns `ax`."
     r, c = np.nonzero(np.asarray(x) != np.asarray(pred))
-    ax.scatter(c, r, s=9, facecolors='none', edgecolors='black', linewidths=1.6); ax.scatter(c, r, s=9, facecolors='none', edgecolors='white', linewidths=.8)
+    for color, width in (('black', 1.6), ('white', .8)): ax.scatter(c, r, s=9, facecolors='none', edgecolors=color, linewidths=width)
     return ax
 
 def show_pairs(x, pred, # (n, H, W) grids and reconstructions
@@ -45,29 +45,34 @@ def plot_curves(steps, epochs, axs, label=None, floor=None):
     if floor: axs[2].axhline(floor, color='k', ls=':', lw=1)
     return axs
 
-# %% ../../nbs/43_galleries.ipynb #1566aa7b
+# %% ../../nbs/43_galleries.ipynb #22facbfc
 def plot_rate_distortion(points, # list of dict(rate, distortion, label, group)
                          floor,  # source entropy in nats
                          ax, baseline=None):
     "Points in the rate-distortion plane with the line rate + distortion = `floor`; returns `ax`."
-    groups = list(dict.fromkeys(p.get('group', '') for p in points)); colours = plt.rcParams['axes.prop_cycle'].by_key()['color']
+    groups = list(dict.fromkeys(p.get('group', '') for p in points))
+    colours = plt.rcParams['axes.prop_cycle'].by_key()['color']
     for g, c, m in zip(groups, colours, 'os^Dv<>'):
         own = sorted((p for p in points if p.get('group', '') == g), key=lambda p: p['rate'])
         ax.plot([p['rate'] for p in own], [p['distortion'] for p in own], m + '-', color=c, label=g or None, ms=5, lw=1)
         for p in own: ax.annotate(p['label'], (p['rate'], p['distortion']), xytext=(4, 3), textcoords='offset points', fontsize=6)
     r = np.linspace(0, floor, 50); ax.plot(r, floor - r, 'k-', lw=1); ax.fill_between(r, 0, floor - r, color='0.9', lw=0)
     ax.text(floor*.05, floor*.25, 'impossible', fontsize=6, color='0.35')
-    if baseline: ax.axhline(baseline, color='0.5', ls=':', lw=1); ax.text(ax.get_xlim()[1], baseline, 'colour frequencies ', fontsize=6, ha='right', va='bottom', color='0.35')
+    if baseline:
+        ax.axhline(baseline, color='0.5', ls=':', lw=1)
+        ax.text(ax.get_xlim()[1], baseline, 'colour frequencies ', fontsize=6, ha='right', va='bottom', color='0.35')
     ax.set(xlabel='rate (nats a grid)', ylabel='distortion (nats a grid)', ylim=(0, None)); ax.legend(fontsize=6); return ax
 
-# %% ../../nbs/43_galleries.ipynb #7bec1f7a
+# %% ../../nbs/43_galleries.ipynb #c9cff8c6
 def plot_colours(shares, # {label: list of shares by symbol}
                  ax):
     "Share of each colour on a log axis, bars side by side; returns `ax`."
     n, w = len(shares), 0.8/len(shares)
-    for i, (label, s) in enumerate(shares.items()): ax.bar(np.arange(len(s)) + (i - (n - 1)/2)*w, np.maximum(s, 1e-6), w, label=label)
+    for i, (label, s) in enumerate(shares.items()):
+        ax.bar(np.arange(len(s)) + (i - (n - 1)/2)*w, np.maximum(s, 1e-6), w, label=label)
     k = len(next(iter(shares.values())))
-    ax.set(yscale='log', ylim=(1e-4, 1.5), ylabel='share of cells'); ax.set_xticks(range(k), COLOR_NAMES[:k], rotation=45, ha='right'); ax.legend(fontsize=6); return ax
+    ax.set(yscale='log', ylim=(1e-4, 1.5), ylabel='share of cells')
+    ax.set_xticks(range(k), COLOR_NAMES[:k], rotation=45, ha='right'); ax.legend(fontsize=6); return ax
 
 # %% ../../nbs/43_galleries.ipynb #f52dec5d
 def split_objects(grid        # (H, W) symbols
@@ -78,11 +83,12 @@ def split_objects(grid        # (H, W) symbols
         lab, n = ndimage.label(g == c, structure=np.ones((3, 3))); masks += [lab == i for i in range(1, n + 1)]
     return np.array(masks, dtype=bool).reshape(-1, *g.shape)
 
-# %% ../../nbs/43_galleries.ipynb #8d82c0b3
+# %% ../../nbs/43_galleries.ipynb #1b06a4a8
 def error_kinds(x, pred)->dict:
     "Counts of wrong cells by kind: `missed`, `recoloured`, `ghost`."
     x, p = np.asarray(x), np.asarray(pred); wrong = x != p
-    return dict(missed=int((wrong & (p == 0)).sum()), recoloured=int((wrong & (x > 0) & (p > 0)).sum()), ghost=int((wrong & (x == 0)).sum()))
+    return dict(missed=int((wrong & (p == 0)).sum()), recoloured=int((wrong & (x > 0) & (p > 0)).sum()),
+                ghost=int((wrong & (x == 0)).sum()))
 
 # %% ../../nbs/43_galleries.ipynb #d870f490
 def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
@@ -100,7 +106,7 @@ def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
     else: reason = f"both: {right} of {n} wrong objects are right alone ({top})"
     return kinds | dict(wrong=int(wrong.sum()), objects=len(objs), wrong_objects=n, right_alone=right, crowd_rank=crowd, reason=reason)
 
-# %% ../../nbs/43_galleries.ipynb #50fd74bf
+# %% ../../nbs/43_galleries.ipynb #336671dd
 def failure_gallery(vae:VAE, x:Tensor, # (N, H, W) data
                     n=16, pred=None)->list: # of dict(index, evidence..., reason), the most wrong cells first
     "The `n` worst reconstructions (distinct in what went wrong first), each explained by `explain_failure`."
@@ -109,7 +115,8 @@ def failure_gallery(vae:VAE, x:Tensor, # (N, H, W) data
     counts = {'objects': np.sort([len(split_objects(g)) for g in x[:1000].cpu()])}
     rank = lambda name, v: float(np.searchsorted(counts[name], v)/len(counts[name]))
     mu, logvar = encode_all(vae, x[order]) if len(order) else (None, None)
-    return [dict(index=int(i), rate=gaussian_kl(mu[k], logvar[k]).sum().item()) | explain_failure(vae, x[i], pred[i], rank) for k, i in enumerate(order)]
+    rate = lambda k: gaussian_kl(mu[k], logvar[k]).sum().item()
+    return [dict(index=int(i), rate=rate(k)) | explain_failure(vae, x[i], pred[i], rank) for k, i in enumerate(order)]
 
 # %% ../../nbs/43_galleries.ipynb #b8694475
 def show_failures(x, pred, failures, ncols=4, size=1.0):

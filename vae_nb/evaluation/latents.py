@@ -27,7 +27,7 @@ def active_units(mu:Tensor, # (N, D) posterior means of a data set
     "Number of dimensions whose mean varies by at least `threshold` over the data."
     return int((mu.var(0) >= threshold).sum())
 
-# %% ../../nbs/42_latents.ipynb #94c39d99
+# %% ../../nbs/42_latents.ipynb #8e5d892b
 @torch.no_grad()
 def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
                seed:int=0, limit:int=2000)->dict:
@@ -36,17 +36,20 @@ def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
     eps = torch.randn(mu.shape, generator=new_generator(seed, 'rate', device=mu.device), device=mu.device, dtype=torch.double)
     z = mu + (0.5*logvar).exp()*eps; c = 0.5*math.log(2*math.pi)
     own = (-0.5*eps.square() - 0.5*logvar - c).sum(1); prior = (-0.5*z.square() - c).sum(1)
-    agg = torch.cat([torch.logsumexp((-0.5*((b[:, None] - mu)**2/logvar.exp() + logvar) - c).sum(2), 1) for b in z.split(50)]) - math.log(n)
-    return dict(rate=(own - prior).mean().item(), mutual_information=(own - agg).mean().item(), marginal_kl=(agg - prior).mean().item(), ceiling=math.log(n))
+    log_q = lambda b: torch.logsumexp((-0.5*((b[:, None] - mu)**2/logvar.exp() + logvar) - c).sum(2), 1)
+    agg = torch.cat([log_q(b) for b in z.split(50)]) - math.log(n)
+    return dict(rate=(own - prior).mean().item(), mutual_information=(own - agg).mean().item(),
+                marginal_kl=(agg - prior).mean().item(), ceiling=math.log(n))
 
-# %% ../../nbs/42_latents.ipynb #408d7e71
+# %% ../../nbs/42_latents.ipynb #55d7e78e
 @torch.no_grad()
 def shuffled_nll(vae:VAE, x:Tensor, seed:int=0, batch_size:int=1000)->dict:
     "Distortion with the own code (`own`), with another example's (`shuffled`), and their difference, `heard`, in nats."
     gen = new_generator(seed, 'shuffle', device=x.device); own = other = 0.
     for b in x.split(batch_size):
         mu, logvar = vae.encode(b); z = reparameterise(mu, logvar, torch.randn(mu.shape, generator=gen, device=b.device))
-        own += vae.likelihood.nll(vae.decode(z), b).sum().item(); other += vae.likelihood.nll(vae.decode(z.roll(1, 0)), b).sum().item()
+        own += vae.likelihood.nll(vae.decode(z), b).sum().item()
+        other += vae.likelihood.nll(vae.decode(z.roll(1, 0)), b).sum().item()
     return dict(own=own/len(x), shuffled=other/len(x), heard=(other - own)/len(x))
 
 # %% ../../nbs/42_latents.ipynb #f9e45338

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['reconstruct_all', 'reconstruction_scores', 'background_nll', 'skill', 'calibration', 'reliability', 'sample_scores']
 
-# %% ../../nbs/41_metrics.ipynb #8b5ab0bd
+# %% ../../nbs/41_metrics.ipynb #544cfb7d
 import math
-import numpy as np, torch
+import torch
 from torch import Tensor
 
 # %% ../../nbs/41_metrics.ipynb #f4cc97cf
@@ -16,13 +16,14 @@ from ..data.datasets import class_counts
 from ..models.vae import VAE
 from ..training.signals import confusion, grid_scores
 
-# %% ../../nbs/41_metrics.ipynb #4f65a25d
+# %% ../../nbs/41_metrics.ipynb #40720c01
 def reconstruct_all(vae:VAE, x:Tensor, batch_size:int=1000)->Tensor: # (N, H, W) uint8
     "Reconstructions at the posterior mean, batch by batch."
     return torch.cat([vae.reconstruct(b) for b in x.split(batch_size)])
 
 def reconstruction_scores(vae:VAE, x:Tensor, pred:Tensor=None)->dict:
-    "Pixel accuracy beside the background share, non-background accuracy, recall of each colour, exact-grid match, and the colour counts of both."
+    """Pixel accuracy beside the background share, non-background accuracy, recall of each colour, exact-grid match, and the
+    colour counts of both."""
     pred = reconstruct_all(vae, x) if pred is None else pred; K = vae.likelihood.n_params
     c = confusion(x, pred, K).cpu()
     return grid_scores(c) | dict(exact_match=(pred == x).flatten(1).all(1).float().mean().item(),
@@ -36,10 +37,11 @@ def background_nll(train:Tensor, test:Tensor, n_symbols:int)->float:
 
 def skill(nelbo:float, baseline:float)->float: return 1 - nelbo/baseline
 
-# %% ../../nbs/41_metrics.ipynb #33af8d7b
+# %% ../../nbs/41_metrics.ipynb #45c743c9
 @torch.no_grad()
 def calibration(vae:VAE, x:Tensor, bins:int=15, seed:int=0, batch_size:int=1000)->dict:
-    "Reliability of each cell's most probable colour, over cells where either truth or prediction is not background: `ece`, and per bin confidence, accuracy and count."
+    """Reliability of each cell's most probable colour, over cells where either truth or prediction is not background: `ece`, and
+    per bin confidence, accuracy and count."""
     gen = new_generator(seed, 'calibration', device=x.device); conf, hit = [], []
     for b in x.split(batch_size):
         t = vae(b, generator=gen); p, pred = t.params.softmax(1).max(1); keep = (b > 0) | (pred > 0)
@@ -55,9 +57,10 @@ def reliability(conf:Tensor, # confidences in [0, 1]
     c, a = i.bincount(conf.double(), minlength=bins)/m, i.bincount(hit.double(), minlength=bins)/m
     return dict(ece=((c - a).abs()*n).sum().item()/max(1, len(conf)), confidence=c.tolist(), accuracy=a.tolist(), count=n.tolist())
 
-# %% ../../nbs/41_metrics.ipynb #6f0387a1
+# %% ../../nbs/41_metrics.ipynb #86ecb8f4
 def sample_scores(samples:Tensor, x:Tensor, n_symbols:int)->dict:
-    "Colour shares of samples beside the data's, their total variation distance, coloured cells a grid, distinct samples, and samples that copy the data exactly."
+    """Colour shares of samples beside the data's, their total variation distance, coloured cells a grid, distinct samples, and
+    samples that copy the data exactly."""
     a, b = (class_counts(t, n_symbols).double().cpu() for t in (samples, x)); a, b = a/a.sum(), b/b.sum()
     cells = lambda t: (t > 0).flatten(1).sum(1).double().mean().item()
     rows = lambda t: {r.tobytes() for r in t.cpu().numpy().reshape(len(t), -1)}

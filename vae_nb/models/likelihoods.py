@@ -44,8 +44,8 @@ class Categorical(Likelihood):
     def mean(self, params): return params.float().softmax(1)
     def mode(self, params): return params.argmax(1).to(torch.uint8)
 
-# %% ../../nbs/20_likelihoods.ipynb #3d04cfc0
-def sample_symbols(self:Categorical, params:Tensor, 
+# %% ../../nbs/20_likelihoods.ipynb #c0807d9d
+def sample_symbols(self:Categorical, params:Tensor,
                    generator=None # a torch.Generator on the same device
                   )->Tensor:      # (B, H, W) uint8
     "Draw each cell from its own distribution (Gumbel-max: adding Gumbel noise to logits and taking the largest is a draw)."

@@ -6,10 +6,10 @@
 __all__ = ['image_sizes', 'count_stages', 'ResidualBlock', 'code_channels', 'ConvEncoder', 'ConvDecoder', 'parameter_table',
            'count_parameters']
 
-# %% ../../nbs/21_networks.ipynb #bf0fb673
+# %% ../../nbs/21_networks.ipynb #f71ae28b
 import math
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # %% ../../nbs/21_networks.ipynb #5878018c
 from ..core import UserError
@@ -35,13 +35,15 @@ class ResidualBlock(nn.Module):
         h = self.conv1(nn.functional.silu(self.norm(x)))
         return x + self.conv2(nn.functional.silu(h))
 
-# %% ../../nbs/21_networks.ipynb #150cb529
+# %% ../../nbs/21_networks.ipynb #1ae26a18
 def code_channels(latent_dim:int, side:int)->int:
     "Channels of a `map` code of `latent_dim` numbers on `side` x `side` places. Raises `UserError` if they do not divide."
-    if latent_dim % side**2: raise UserError(f"latent_dim {latent_dim} is not a multiple of the {side**2} places of a map code: choose {max(1, latent_dim//side**2)*side**2}, or code flat.")
+    if latent_dim % side**2:
+        fits = max(1, latent_dim//side**2)*side**2
+        raise UserError(f"latent_dim {latent_dim} is not a multiple of the {side**2} places of a map code: choose {fits}, or code flat.")
     return latent_dim//side**2
 
-# %% ../../nbs/21_networks.ipynb #767655ea
+# %% ../../nbs/21_networks.ipynb #85e5b538
 def _widths(width, stages): return [width*min(2**i, 4) for i in range(stages)]
 
 class ConvEncoder(nn.Module):
@@ -55,20 +57,22 @@ class ConvEncoder(nn.Module):
             layers += [ResidualBlock(w) for _ in range(depth)]
         self.conv = nn.Sequential(*layers, nn.SiLU())
         if code == 'flat': to_code = [nn.Flatten(), nn.Linear(ws[-1]*side**2, hidden), nn.SiLU(), nn.Linear(hidden, 2*latent_dim)]
-        else: to_code = [nn.Conv2d(ws[-1], 2*ws[-1], 3, padding=1), nn.SiLU(), nn.Conv2d(2*ws[-1], 2*code_channels(latent_dim, side), 1), nn.Flatten()]
+        else: to_code = [nn.Conv2d(ws[-1], 2*ws[-1], 3, padding=1), nn.SiLU(),
+                         nn.Conv2d(2*ws[-1], 2*code_channels(latent_dim, side), 1), nn.Flatten()]
         self.heads = nn.Sequential(*to_code)
 
     def forward(self, x): return self.heads(self.conv(x)).chunk(2, dim=1)
 
-# %% ../../nbs/21_networks.ipynb #7af108b6
+# %% ../../nbs/21_networks.ipynb #cbae0155
 class ConvDecoder(nn.Module):
     "(B, latent_dim) -> (B, channels, size, size)."
     def __init__(self, size:int, channels:int, latent_dim:int, width:int=32, depth:int=1, hidden:int=256, code:str='map'):
         super().__init__()
         stages = count_stages(size); ws = _widths(width, stages); side = size >> stages
-        if code == 'flat': from_code = [nn.Linear(latent_dim, hidden), nn.SiLU(), nn.Linear(hidden, ws[-1]*side**2), nn.Unflatten(1, (ws[-1], side, side))]
-        else: from_code = [nn.Unflatten(1, (code_channels(latent_dim, side), side, side)), nn.Conv2d(latent_dim//side**2, 2*ws[-1], 3, padding=1), nn.SiLU(),
-                           nn.Conv2d(2*ws[-1], ws[-1], 3, padding=1)]
+        if code == 'flat': from_code = [nn.Linear(latent_dim, hidden), nn.SiLU(), nn.Linear(hidden, ws[-1]*side**2),
+                                        nn.Unflatten(1, (ws[-1], side, side))]
+        else: from_code = [nn.Unflatten(1, (code_channels(latent_dim, side), side, side)),
+                           nn.Conv2d(latent_dim//side**2, 2*ws[-1], 3, padding=1), nn.SiLU(), nn.Conv2d(2*ws[-1], ws[-1], 3, padding=1)]
         self.from_code, layers = nn.Sequential(*from_code), []
         for i, w in reversed(list(enumerate(ws))):
             layers += [*[ResidualBlock(w) for _ in range(depth)], nn.SiLU()]
@@ -77,13 +81,14 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z): return self.conv(self.from_code(z))
 
-# %% ../../nbs/21_networks.ipynb #f55118c6
+# %% ../../nbs/21_networks.ipynb #89e76a89
 def parameter_table(model:nn.Module)->list: # of dict(layer, kind, shape, parameters)
     "Parameters by layer, in order, with the shape of each weight; only layers that hold any."
     rows = []
     for name, m in model.named_modules():
         own = list(m.parameters(recurse=False))
-        if own: rows.append(dict(layer=name, kind=type(m).__name__, shape=' x '.join(map(str, own[0].shape)), parameters=sum(p.numel() for p in own)))
+        if own: rows.append(dict(layer=name, kind=type(m).__name__, shape=' x '.join(map(str, own[0].shape)),
+                                 parameters=sum(p.numel() for p in own)))
     return rows
 
 # %% ../../nbs/21_networks.ipynb #b3b559c6

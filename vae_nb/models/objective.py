@@ -57,14 +57,14 @@ def free_bits_kl(kl:Tensor,       # (B, D) nats
     "Rate charged with `free_bits` nats free on the batch mean of each dimension; equals the mean rate at 0."
     return kl.mean(0).clamp(min=free_bits).sum()
 
-# %% ../../nbs/23_objective.ipynb #b8dedc67
+# %% ../../nbs/23_objective.ipynb #5058b213
 weightings = ('none', 'inverse_sqrt', 'inverse', 'balanced')
 
 def class_weights(counts:Tensor, # (K,) cells of each symbol in the whole training set
                   scheme:str     # one of weightings
                  )->Tensor:      # (K,) float
-    """Weights by rarity; a symbol that never occurs gets 0 and does not count. `inverse` (1/n) and `inverse_sqrt` (1/sqrt n) sum to the number of
-    symbols present. `balanced` is 1/n scaled so that the mean weight of a *cell* is 1: the loss keeps its scale."""
+    """Weights by rarity; a symbol that never occurs gets 0 and does not count. `inverse` (1/n) and `inverse_sqrt` (1/sqrt n)
+    sum to the number of symbols present. `balanced` is 1/n scaled so that the mean weight of a *cell* is 1: the loss keeps its scale."""
     check_choice("Class weighting", scheme, weightings)
     n = counts.double(); present = n > 0
     if not present.any(): raise UserError("Class weights need counts of the training set, and all of them are zero.")
@@ -83,9 +83,10 @@ def bent_cells(nll_cells:Tensor,   # (B, H, W) nats
     if weights is not None: loss = loss*weights[x.long()]
     return loss
 
-# %% ../../nbs/23_objective.ipynb #811951de
+# %% ../../nbs/23_objective.ipynb #d2f4abe0
 class Objective:
-    "The loss of one batch, from `Terms`: reconstruction (bent by focal and weights) + beta x rate (with free bits), in the stated reduction."
+    """The loss of one batch, from `Terms`: reconstruction (bent by focal and weights) + beta x rate (with free bits), in the
+    stated reduction."""
     def __init__(self, reduction:str='sum', free_bits:float=0., focal_gamma:float=0., weights:Tensor=None):
         self.reduction = check_choice("Reduction", reduction, reductions)
         for n, v in dict(free_bits=free_bits, focal_gamma=focal_gamma).items():

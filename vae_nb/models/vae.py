@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/22_vae.ipynb #f0719cdf
-from ..core import UserError
+# %% ../../nbs/22_vae.ipynb #6be187c6
 from .likelihoods import Likelihood, make_likelihood
 from .networks import ConvDecoder, ConvEncoder
 
@@ -22,8 +21,8 @@ def gaussian_kl(mu:Tensor,    # (B, D) means
     "KL from N(mu, exp(logvar)) to N(0, 1) for each example and dimension (Kingma & Welling 2014, appendix B)."
     return 0.5*(mu.square() + torch.expm1(logvar) - logvar)
 
-# %% ../../nbs/22_vae.ipynb #334400ab
-def reparameterise(mu:Tensor, logvar:Tensor, 
+# %% ../../nbs/22_vae.ipynb #0207a2fc
+def reparameterise(mu:Tensor, logvar:Tensor,
                    noise:Tensor # standard normal, the shape of mu
                   )->Tensor:
     "A draw from N(mu, exp(logvar)), differentiable in both."
@@ -77,9 +76,9 @@ def terms(self:VAE, x:Tensor,     # (B, H, W) data
     return Terms(cells.flatten(1).sum(1), gaussian_kl(mu, logvar), cells, mu, logvar, params)
 VAE.forward = VAE.terms = terms
 
-# %% ../../nbs/22_vae.ipynb #4d3bb38c
+# %% ../../nbs/22_vae.ipynb #dcb11154
 @torch.no_grad()
-def reconstruct(self:VAE, x:Tensor, 
+def reconstruct(self:VAE, x:Tensor,
                 generator=None # draw the code; default: its mean
                )->Tensor:      # (B, H, W) the most probable picture given the code
     "The decoder's mode at the posterior mean, or at a posterior draw if a generator is given."
@@ -88,9 +87,9 @@ def reconstruct(self:VAE, x:Tensor,
     return self.likelihood.mode(self.decode(mu))
 VAE.reconstruct = reconstruct
 
-# %% ../../nbs/22_vae.ipynb #0e4b6094
+# %% ../../nbs/22_vae.ipynb #05051e34
 @torch.no_grad()
-def sample(self:VAE, n:int, generator=None, 
+def sample(self:VAE, n:int, generator=None,
            mode:bool=False # the most probable picture of each code instead of a draw
           )->Tensor:       # (n, H, W)
     "Pictures from the model: a code from the prior, then a picture from the likelihood."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['trackers', 'run_name', 'run_tags', 'picture', 'tracker_scores', 'WandbTracker', 'TensorBoardTracker', 'Tracker']
 
-# %% ../../nbs/32_tracking.ipynb #13785685
-import os, warnings
+# %% ../../nbs/32_tracking.ipynb #4799dad6
+import warnings
 from pathlib import Path
 import numpy as np, torch
 
@@ -65,7 +65,7 @@ class TensorBoardTracker:
     def image(self, step, name, array): self.writer.add_image(name, array, step, dataformats='HWC')
     def finish(self): self.writer.close()
 
-# %% ../../nbs/32_tracking.ipynb #ce8207d7
+# %% ../../nbs/32_tracking.ipynb #58bc3bbf
 trackers = dict(wandb=WandbTracker, tensorboard=TensorBoardTracker)
 
 class Tracker:
@@ -76,7 +76,8 @@ class Tracker:
         check_choice("Tracker", c.tracker, list(trackers))
         try: self.inner = trackers[c.tracker](c, folder)
         except ImportError as e:
-            raise UserError(f"tracker = {c.tracker!r} needs the package {e.name}: pip install 'vae_nb[{c.tracker}]', or use tracker none.") from None
+            raise UserError(f"tracker = {c.tracker!r} needs the package {e.name}: "
+                            f"pip install 'vae_nb[{c.tracker}]', or use tracker none.") from None
         except Exception as e: self._failed(e)
 
     def _failed(self, e):
