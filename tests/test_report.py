@@ -6,7 +6,7 @@ from conftest import ROOT, one_sentence
 from vae_nb.core import UserError, load_settings
 from vae_nb.reporting.promote import promote, read_promoted
 from vae_nb.reporting.report import find_chromium, readme_mark, report
-from vae_nb.runs import resolve_params, run_command, run_key, start_run
+from vae_nb.runs import repeat_command, resolve_params, run_key, start_run
 
 PAGE = """# Toy
 
@@ -27,7 +27,7 @@ def make_run(project, seed=0, profile='quick', finish=True, params=None):
     "A run folder as the runner leaves it, without the kernel."
     nb = project.root/'experiments'/'toy.ipynb'; params = resolve_params(nb, profile, seed, params); key = run_key(nb, params)
     config = dict(name='toy', key=key, profile=profile, seed=seed, params=params)
-    run = start_run(project.root/'runs'/'toy'/key, config, nb, command=run_command(nb, params))
+    run = start_run(project.root/'runs'/'toy'/key, config, nb, command=repeat_command(nb, params))
     (run.path/'figures').mkdir(exist_ok=True); Image.new('RGB', (60, 40), (90, 120, 200)).save(run.path/'figures'/'curve.png')
     run.figures['curve'] = 'A loss that falls.'
     run.tables['result'] = dict(caption='One row', rows=[], markdown='| model | nats |\n|---|---:|\n| toy | 1.500 |')

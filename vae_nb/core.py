@@ -7,14 +7,11 @@ __all__ = ['UserError', 'nearest', 'check_choice', 'Settings', 'load_settings', 
            'seed_everything', 'pick_device', 'atomic_write', 'to_jsonable', 'write_json', 'read_json', 'hash_text',
            'hash_notebook', 'hash_package', 'git_state', 'hardware', 'versions', 'provenance', 'utc_now']
 
-# %% ../nbs/00_core.ipynb #b7ad3d7f
-import configparser, contextlib, dataclasses, difflib, hashlib, json, os, platform, random, subprocess, tempfile, time
+# %% ../nbs/00_core.ipynb #51f79632
+import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, platform, random, subprocess, tempfile, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-# %% ../nbs/00_core.ipynb #83c37793
-import numpy as np, torch
 
 # %% ../nbs/00_core.ipynb #b43b0be7
 class UserError(ValueError):
@@ -73,10 +70,10 @@ def load_settings(start=None # folder to look upward from; default: the current 
     if os.environ.get('VAE_NB_DATA'): paths['data'] = Path(os.environ['VAE_NB_DATA']).expanduser().resolve()
     return Settings(root=root, seed=seed, profile=profile, **paths)
 
-# %% ../nbs/00_core.ipynb #c6801436
+# %% ../nbs/00_core.ipynb #64b7f70c
 def check_seed(seed:int)->int:
     "A seed is an integer in [0, 2**32): numpy takes no other."
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed {seed!r} is not an integer from 0 to 4294967295.")
     return int(seed)
 
@@ -86,25 +83,29 @@ def derive_seed(seed:int, *names)->int:
     key = json.dumps([check_seed(seed), *map(str, names)]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], 'big') >> 1
 
-# %% ../nbs/00_core.ipynb #88712764
-def new_generator(seed:int, *names, device='cpu')->torch.Generator:
-    "A torch generator on `device` for the stream called `names` of `seed`."
+# %% ../nbs/00_core.ipynb #1d0d17c7
+def new_generator(seed:int, *names, device='cpu'):
+    "A torch.Generator on `device` for the stream called `names` of `seed`."
+    import torch
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
 
-# %% ../nbs/00_core.ipynb #d073e03e
+# %% ../nbs/00_core.ipynb #6830954b
 def seed_everything(seed:int)->int:
     "Seed Python's, numpy's and torch's global generators (network initialisation draws from torch's); returns the seed used."
+    import numpy as np, torch
     seed = check_seed(seed)
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return seed
 
-# %% ../nbs/00_core.ipynb #f208fdc1
+# %% ../nbs/00_core.ipynb #e8cee62c
 def pick_device(name='auto' # 'auto', 'cpu', 'cuda' or 'cuda:1'
-               )->torch.device:
+               ):           # a torch.device
     "The device to run on; `auto` takes a GPU where there is one. Raises `UserError` for a device that is not there."
+    import torch
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: dev = torch.device(name)
     except RuntimeError: raise UserError(f"device {name!r} is not one torch knows: use auto, cpu or cuda.") from None
+    if dev.type not in ('cpu', 'cuda'): raise UserError(f"device {name!r} is not supported: use auto, cpu or cuda.")
     if dev.type == 'cuda' and (not torch.cuda.is_available() or (dev.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not available here ({torch.cuda.device_count()} GPUs found): use auto or cpu.")
     return dev
@@ -132,18 +133,16 @@ def atomic_write(path,     # the file to replace
         with contextlib.suppress(OSError): os.unlink(tmp)
         raise
 
-# %% ../nbs/00_core.ipynb #408268a9
+# %% ../nbs/00_core.ipynb #5f62dc68
 def to_jsonable(o):
     "Plain JSON values from paths, dataclasses, numpy and torch; non-finite floats become strings, since JSON has none."
     if dataclasses.is_dataclass(o) and not isinstance(o, type): o = dataclasses.asdict(o)
     if hasattr(o, 'model_dump'): o = o.model_dump()
     if isinstance(o, dict): return {str(k): to_jsonable(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [to_jsonable(v) for v in o]
-    if isinstance(o, torch.Tensor): return to_jsonable(o.detach().cpu().tolist())
-    if isinstance(o, np.ndarray): return to_jsonable(o.tolist())
-    if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, (Path, torch.device, torch.dtype)): return str(o)
-    if isinstance(o, float) and not np.isfinite(o): return repr(o)
+    if hasattr(o, 'tolist'): return to_jsonable(o.tolist())           # tensors, arrays and their scalars
+    if isinstance(o, Path) or type(o).__module__ == 'torch': return str(o)  # devices and dtypes
+    if isinstance(o, float) and not math.isfinite(o): return repr(o)
     return o
 
 # %% ../nbs/00_core.ipynb #672c4851
@@ -199,14 +198,17 @@ def _cpu_name():
             if line.startswith('model name'): return line.split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../nbs/00_core.ipynb #ada6fa9a
+# %% ../nbs/00_core.ipynb #92ffb9a2
 def hardware(device=None)->dict:
     "Where it runs: the processor, the cores this process may use, memory, and the GPU if `device` is one."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    res = dict(cpu=_cpu_name(), cores=cores, threads=torch.get_num_threads(), gpu=None)
+    res = dict(cpu=_cpu_name(), cores=cores, gpu=None)
+    if device is not None:
+        import torch
+        res['threads'] = torch.get_num_threads()
+        if torch.device(device).type == 'cuda': res['gpu'] = torch.cuda.get_device_name(device)
     with contextlib.suppress(ValueError, OSError, AttributeError):
         res['memory_gib'] = round(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30)
-    if device is not None and torch.device(device).type == 'cuda': res['gpu'] = torch.cuda.get_device_name(device)
     return res
 
 # %% ../nbs/00_core.ipynb #3f966f67

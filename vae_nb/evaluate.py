@@ -21,7 +21,7 @@ from .models.vae import VAE
 from .runs import read_events, set_style
 from .training.trainer import find_data, load_vae
 
-# %% ../nbs/92_evaluate.ipynb #716e39b5
+# %% ../nbs/92_evaluate.ipynb #1273a05e
 def measure(vae:VAE, data:GridDataset, # the data set the model was trained on
             x,                         # (N, H, W) the examples to measure on, on the model's device
             K:int=10,                  # importance samples of the tighter bound; 0: skip it
@@ -33,11 +33,13 @@ def measure(vae:VAE, data:GridDataset, # the data set the model was trained on
     samples = vae.sample(len(x), new_generator(seed, 'samples', device=x.device))
     res |= dict(marginal_nll=base, skill=skill(res['nelbo'], base)) | reconstruction_scores(vae, x, pred)
     res |= dict(active_units=active_units(mu), heard=shuffled_nll(vae, x, seed)['heard'], ece=calibration(vae, x, seed=seed)['ece'])
-    res |= {k: v for k, v in rate_split(mu, logvar, seed).items() if k in ('mutual_information', 'marginal_kl')}
+    res |= {k: v for k, v in rate_split(mu, logvar, seed).items() if k != 'rate'}
     s = sample_scores(samples.cpu(), data.train, data.n_symbols)
     res |= {f'sample_{k}': s[k] for k in ('colour_distance', 'coloured_cells', 'distinct', 'copies')}
     res |= dict(data_coloured_cells=s['data_coloured_cells'])
-    if K: r = iwae(vae, x[:K_examples], K, seed); res |= {f'iwae_{K}': r['nll'], f'iwae_{K}_se': r['nll_se'], f'iwae_{K}_ess': r['ess']}
+    if K:
+        r = iwae(vae, x[:K_examples], K, seed); own = measure_nelbo(vae, x[:K_examples], seed)['nelbo']       # on the same examples
+        res |= {f'iwae_{K}': r['nll'], f'iwae_{K}_se': r['nll_se'], f'iwae_{K}_ess': r['ess'], 'inference_gap': own - r['nll']}
     return res
 
 # %% ../nbs/92_evaluate.ipynb #f95153ba

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'load_profiles', 'resolve_params', 'run_key', 'EventLog', 'read_events', 'format_cell',
-           'markdown_table', 'set_style', 'Run', 'save_figure', 'save_table', 'finish', 'start_run', 'run_command',
-           'open_run', 'read_run']
+           'markdown_table', 'set_style', 'short_name', 'lock_path', 'is_alive', 'lock_run', 'hold_lock',
+           'release_lock', 'Run', 'save_figure', 'save_table', 'active_seconds', 'finish', 'start_run',
+           'repeat_command', 'open_run', 'read_run']
 
-# %% ../nbs/01_runs.ipynb #cbaef818
-import ast, io, json, math, os, shlex, time
+# %% ../nbs/01_runs.ipynb #f879e94a
+import ast, contextlib, fcntl, io, json, math, os, shlex, time
 from pathlib import Path
 
 # %% ../nbs/01_runs.ipynb #0804c8f6
@@ -30,9 +31,10 @@ def notebook_parameters(path)->dict: # {name: dict(default, type, help)}
     return {n: dict(default=ast.literal_eval(p['default']), type=p['inferred_type_name'], help=p['help'].strip())
             for n, p in found.items()}
 
-# %% ../nbs/01_runs.ipynb #10b0796b
+# %% ../nbs/01_runs.ipynb #db075a1b
 def _coerce(name, value, type_name, where):
     if value is None or type_name not in _types: return value
+    if type_name in ('list', 'dict') and isinstance(value, str): value = yaml.safe_load(value)    # -p betas '[0, 1]'
     try: return TypeAdapter(_types[type_name]).validate_python(value)
     except ValidationError: raise UserError(f"Parameter {name}={value!r} of {where} is not of type {type_name}.") from None
 
@@ -76,25 +78,32 @@ def run_key(notebook, params)->str:
     "12 hex digits that stand for this notebook source, these parameters (seed included) and this package source."
     return hash_text(hash_notebook(notebook), json.dumps(to_jsonable(params), sort_keys=True), hash_package())
 
-# %% ../nbs/01_runs.ipynb #7667868a
+# %% ../nbs/01_runs.ipynb #45e31db8
+def _json_line(event)->bytes:
+    try: text = json.dumps(event, ensure_ascii=False, allow_nan=False)       # plain values: the fast way, for every step's signals
+    except (TypeError, ValueError): text = json.dumps(to_jsonable(event), ensure_ascii=False)
+    return text.encode() + b'\n'
+
 class EventLog:
     "An append-only file of JSON objects, one a line."
-    def __init__(self, path, 
+    def __init__(self, path,
                  keep_bytes=None # cut the file to this length first (continuing from a checkpoint)
                 ):
         self.path = Path(path); self.path.parent.mkdir(parents=True, exist_ok=True)
-        if keep_bytes is not None and self.path.exists(): os.truncate(self.path, min(keep_bytes, self.path.stat().st_size))
+        if self.path.exists():
+            whole = self.path.read_bytes().rfind(b'\n') + 1                  # without a torn last line
+            os.truncate(self.path, whole if keep_bytes is None else min(keep_bytes, whole))
         self.file = open(self.path, 'ab')
 
     def write(self, *events):
         "Append events and flush them to the operating system."
-        self.file.write(b''.join(json.dumps(to_jsonable(e), ensure_ascii=False).encode() + b'\n' for e in events)); self.file.flush()
+        self.file.write(b''.join(map(_json_line, events))); self.file.flush()
 
     def tell(self): return self.file.tell()
     def close(self): self.file.close()
 
-# %% ../nbs/01_runs.ipynb #77021a59
-def read_events(path, 
+# %% ../nbs/01_runs.ipynb #8e640a54
+def read_events(path,
                 kind=None # only events of this kind
                )->list:
     "Events of a log, oldest first; a torn last line is dropped. A missing file is an empty log."
@@ -103,17 +112,17 @@ def read_events(path,
     lines = path.read_bytes().split(b'\n')[:-1]
     return [e for e in map(json.loads, lines) if kind is None or e.get('kind') == kind]
 
-# %% ../nbs/01_runs.ipynb #4df28a02
+# %% ../nbs/01_runs.ipynb #4e877f75
 def format_cell(v, digits=4)->str:
     "A value for a table: floats to `digits` significant digits, None and NaN as a dash."
     if isinstance(v, bool): return 'yes' if v else 'no'
     if v is None or (isinstance(v, float) and math.isnan(v)): return '–'
     if isinstance(v, float):
-        if v and math.isfinite(v) and not 1e-3 <= abs(v) < 1e6: return f'{v:.{digits-1}g}'
+        if v and math.isfinite(v) and not 1e-3 <= abs(v) < 1e6: return f'{v:.{digits}g}'
         return f'{v:.{max(0, digits - 1 - (math.floor(math.log10(abs(v))) if v and math.isfinite(v) else 0))}f}'
     return str(v).replace('|', '\\|').replace('\n', ' ')
 
-# %% ../nbs/01_runs.ipynb #4237adfd
+# %% ../nbs/01_runs.ipynb #94a11652
 def markdown_table(rows,        # a list of dicts, or a DataFrame (its index becomes the first columns unless it is a plain range)
                    columns=None,# names and order; default: those of the first row
                    digits=4     # significant digits of floats
@@ -121,9 +130,10 @@ def markdown_table(rows,        # a list of dicts, or a DataFrame (its index bec
     "A GitHub Markdown table; numbers right-aligned."
     if hasattr(rows, 'to_dict'):
         df = rows if type(rows.index).__name__ == 'RangeIndex' else rows.reset_index()
-        rows = df.to_dict('records'); columns = columns or [str(c) for c in df.columns]; rows = [{str(k): v for k, v in r.items()} for r in rows]
+        columns = columns or [str(c) for c in df.columns]
+        rows = [{str(k): v for k, v in r.items()} for r in df.to_dict('records')]
     columns = list(columns or rows[0])
-    num = lambda c: all(isinstance(r.get(c), (int, float)) or r.get(c) is None for r in rows)
+    num = lambda c: all(isinstance(r.get(c), (int, float, type(None))) and not isinstance(r.get(c), bool) for r in rows)
     head = ['| ' + ' | '.join(map(str, columns)) + ' |', '|' + '|'.join('---:' if num(c) else '---' for c in columns) + '|']
     return '\n'.join(head + ['| ' + ' | '.join(format_cell(r.get(c), digits) for c in columns) + ' |' for r in rows])
 
@@ -134,6 +144,50 @@ def set_style():
     sns.set_theme(context='notebook', style='ticks', palette='colorblind', font_scale=0.8)
     plt.rcParams.update({'figure.dpi': 80, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'axes.spines.top': False,
                          'axes.spines.right': False, 'image.interpolation': 'nearest', 'legend.frameon': False})
+
+# %% ../nbs/01_runs.ipynb #a1025ea4
+def short_name(path)->str: return f'{Path(path).parent.name}/{Path(path).name}'
+
+def lock_path(path)->Path:
+    "The lock file of a run folder; it lies outside the folder, so that the folder can be moved."
+    return Path(path).absolute().parents[1]/'.locks'/short_name(path).replace('/', '.')
+
+def is_alive(pid:int)->bool:
+    try: os.kill(pid, 0); return True
+    except ProcessLookupError: return False
+    except PermissionError: return True
+
+# %% ../nbs/01_runs.ipynb #487af134
+@contextlib.contextmanager
+def lock_run(path,   # run folder; it need not exist
+             wait=10 # seconds to wait for the kernel of a dead process
+            ):
+    "Hold the lock of a run folder; yields its file descriptor. Raises `UserError` at once if a living process holds it."
+    lock_path(path).parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o666); end = time.time() + wait
+    try:
+        while True:
+            try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except BlockingIOError: pid = int(os.pread(fd, 20, 0) or b'0')
+            if is_alive(pid) or time.time() > end:
+                raise UserError(f"Run {short_name(path)} is already running (process {pid}): wait for it, or stop it first.")
+            time.sleep(0.2)
+        os.ftruncate(fd, 0); os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield fd
+    finally: os.close(fd)
+
+# %% ../nbs/01_runs.ipynb #2b4dac19
+_held = {}
+
+def hold_lock(path):
+    "Hold the lock of a run folder until `release_lock` or the end of this process."
+    key = str(lock_path(path))
+    if key in _held: return
+    stack = contextlib.ExitStack(); stack.enter_context(lock_run(path)); _held[key] = stack
+
+def release_lock(path):
+    stack = _held.pop(str(lock_path(path)), None)
+    if stack: stack.close()
 
 # %% ../nbs/01_runs.ipynb #9b559d75
 class Run:
@@ -179,35 +233,48 @@ def save_table(self:Run, name, rows, caption='', columns=None, digits=4):
     _show(Markdown(md))
 Run.table = save_table
 
-# %% ../nbs/01_runs.ipynb #9d89a4d5
+# %% ../nbs/01_runs.ipynb #3bb58148
+def active_seconds(path)->float:
+    "Seconds a run has been worked on, over all its sittings, from the times in its log."
+    when = lambda e: time.mktime(time.strptime(e['time'], '%Y-%m-%dT%H:%M:%SZ')) - time.timezone
+    total, start, last = 0., None, None
+    for e in read_events(Path(path)/'events.jsonl'):
+        if 'time' not in e: continue
+        if e['kind'] == 'opened': total, start = total + (last - start if start else 0.), when(e)
+        last = when(e)
+    return total + (max(last, time.time()) - start if start else 0.)
+
+# %% ../nbs/01_runs.ipynb #5df46a4e
 def finish(self:Run, **metrics):
     "Write provenance times, then metrics.json, last and atomically: from here on the run counts as complete."
-    prov = read_json(self.path/'provenance.json', 'provenance') | dict(finished=utc_now(), seconds=round(time.time() - self.started, 1))
+    prov = read_json(self.path/'provenance.json', 'provenance') | dict(finished=utc_now(), seconds=active_seconds(self.path))
     write_json(self.path/'provenance.json', prov)
     write_json(self.path/'metrics.json', dict(name=self.config.get('name'), key=self.config.get('key'), profile=self.profile,
                seed=self.seed, metrics=metrics, tables=self.tables, figures=self.figures))
-    self.log('finished'); self.events.close()
+    (self.path/'metrics.before.json').unlink(missing_ok=True)
+    self.log('finished'); self.events.close(); release_lock(self.path)
     return self.path
 Run.finish = finish
 
-# %% ../nbs/01_runs.ipynb #47095a77
+# %% ../nbs/01_runs.ipynb #259335a1
 def start_run(path, config, notebook=None, device=None, command=None)->Run:
     "Create (or enter again) the run folder at `path`; writes config.json and provenance.json."
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
     if not (path/'config.json').exists() or read_json(path/'config.json', 'configuration') != to_jsonable(config):
         write_json(path/'config.json', config)
     write_json(path/'provenance.json', provenance(notebook, config.get('seed'), device, command))
-    return Run(path, config)
+    run = Run(path, config); run.log('opened')
+    return run
 
-# %% ../nbs/01_runs.ipynb #2a4bef76
-def run_command(notebook, params)->str:
+# %% ../nbs/01_runs.ipynb #1b739a73
+def repeat_command(notebook, params)->str:
     "The command line that repeats a run: the profile, the seed, and what differs from them."
     notebook = Path(notebook)
     usual = {n: p['default'] for n, p in notebook_parameters(notebook).items()} | load_profiles(notebook).get(params['profile'], {})
     over = [f"-p {n} {shlex.quote(str(v))}" for n, v in params.items() if n not in ('profile', 'seed') and v != usual.get(n)]
     return ' '.join([f"vae-nb run experiments/{notebook.name} --profile {params['profile']} --seed {params['seed']}", *over])
 
-# %% ../nbs/01_runs.ipynb #ceb7997a
+# %% ../nbs/01_runs.ipynb #60fe1a55
 def open_run(name,      # the experiment: experiments/NAME.ipynb
              namespace, # `globals()` of the notebook, which hold the parameters
              device=None)->Run:
@@ -219,7 +286,9 @@ def open_run(name,      # the experiment: experiments/NAME.ipynb
     key = run_key(notebook, params)
     config = dict(name=name, key=key, profile=params['profile'], seed=params['seed'], params=params)
     path = Path(os.environ.get('VAE_NB_RUN') or s.runs/name/key)
-    return start_run(path, config, notebook, device, run_command(notebook, params))
+    if 'VAE_NB_RUN' not in os.environ: hold_lock(path)          # vae-nb run holds it already
+    if (path/'metrics.json').exists(): os.replace(path/'metrics.json', path/'metrics.before.json')    # not complete while it runs again
+    return start_run(path, config, notebook, device, repeat_command(notebook, params))
 
 # %% ../nbs/01_runs.ipynb #64df151a
 def read_run(path)->dict: # dict(path, config, provenance, metrics): metrics None if incomplete

@@ -101,23 +101,55 @@ def stack_grids(grids,    # a stack (N, H, W) or a list of grids of any sizes
         o[:g.shape[0], :g.shape[1]] = g
     return out
 
-# %% ../../nbs/10_grids.ipynb #8088848e
-_eight = np.stack([np.zeros((3,3)), np.ones((3,3)), np.zeros((3,3))]).astype(bool)
+# %% ../../nbs/10_grids.ipynb #72a03316
+_flat = lambda m: np.stack([np.zeros((3,3)), m, np.zeros((3,3))]).astype(bool)
+_eight, _four = _flat(np.ones((3,3))), _flat([[0,1,0], [1,1,1], [0,1,0]])   # neighbours within one grid, with and without corners
 
-def _regions(mask)->tuple:
-    "Regions of a (N, H, W) mask: the grid each belongs to, and its size in cells."
-    lab, n = ndimage.label(mask, _eight)
-    where = np.flatnonzero(lab); ids = lab.ravel()[where]
-    owner = np.zeros(n+1, int); owner[ids] = where // mask[0].size
-    return owner[1:], np.bincount(ids, minlength=n+1)[1:]
+def _label_colours(x)->tuple:
+    "The one-colour regions of a stack, numbered 1, 2, ..., n: their numbers cell by cell (0: black or padding), and n."
+    numbers, n = np.zeros(x.shape, np.int32), 0
+    for c in range(1, PAD):
+        found, k = ndimage.label(x == c, _eight)
+        numbers += np.where(found, found+n, 0); n += k
+    return numbers, n
 
-# %% ../../nbs/10_grids.ipynb #f3cb3d77
+# %% ../../nbs/10_grids.ipynb #51b5e43f
+def _regions(numbers, n)->pd.DataFrame:
+    "What is known of the regions 1, 2, ..., n of a stack whose cells hold `numbers`: one row each."
+    g, i, j = np.nonzero(numbers); k = numbers[g, i, j] - 1
+    def least(v):
+        res = np.full(n, np.iinfo(int).max); np.minimum.at(res, k, v); return res
+    top, left, bottom, right = least(i), least(j), -least(-i), -least(-j)
+    h, w = bottom-top+1, right-left+1
+    depth = np.minimum(np.minimum(i-top[k], bottom[k]-i), np.minimum(j-left[k], right[k]-j))
+    at = lambda d: np.bincount(k[depth == d], minlength=n)
+    size = np.bincount(k, minlength=n)
+    frame = (np.minimum(h, w) >= 3) & (at(0) == 2*(h+w) - 4) & (at(1) == 0)
+    return pd.DataFrame(dict(owner=least(g), size=size, fill=size/(h*w), frame=frame))
+
+# %% ../../nbs/10_grids.ipynb #604286e6
 def components(grids # stack or list
               )->tuple: # owner (M,): index of the grid; size (M,): cells
     "All one-colour 8-connected components of `grids`, black and padding left out."
-    x = stack_grids(grids)
-    found = [_regions(x == c) for c in range(1, PAD)]
-    return np.concatenate([o for o,_ in found]), np.concatenate([s for _,s in found])
+    r = _regions(*_label_colours(stack_grids(grids)))
+    return r.owner.to_numpy(), r['size'].to_numpy()
+
+# %% ../../nbs/10_grids.ipynb #fa4b1369
+def _contained(x, numbers, n)->np.ndarray: # (n,) bool
+    "Which of the components 1, 2, ..., n lie in a hole of another colour."
+    size, res = np.bincount(numbers.ravel(), minlength=n+1), np.zeros(n+1, bool)
+    for c in range(1, PAD):
+        area, m = ndimage.label(x != c, _four)
+        is_open = np.zeros(m+1, bool); is_open[0] = True              # 0: the wall itself
+        for edge in (area[:,0], area[:,-1], area[:,:,0], area[:,:,-1]): is_open[edge.ravel()] = True
+        res |= np.bincount(numbers[~is_open[area]], minlength=n+1) == size
+    return res[1:]
+
+# %% ../../nbs/10_grids.ipynb #ce3910f5
+def _full_line(x, h, w)->np.ndarray: # (N,) bool
+    "Which grids have a row or a column of one colour, not black."
+    rows = lambda x: ((x[...,0] > 0) & (x[...,0] != PAD) & ((x == x[...,:1]) | (x == PAD)).all(2)).any(1)
+    return (np.minimum(h, w) >= 3) & (rows(x) | rows(x.swapaxes(1, 2)))
 
 # %% ../../nbs/10_grids.ipynb #f9d77603
 def _symmetries(x, h, w)->dict:
@@ -129,26 +161,30 @@ def _symmetries(x, h, w)->dict:
         for k, o in turned.items(): res[k][i] = (g == o).all((1, 2))
     return res
 
-# %% ../../nbs/10_grids.ipynb #42aa556d
+# %% ../../nbs/10_grids.ipynb #3c8b4d3a
 def grid_stats(grids # stack (with or without padding) or list of grids
               )->pd.DataFrame: # one row per grid
-    "Size, colours, regions and symmetry of every grid."
+    "Size, colours, regions, lines, frames, containment and symmetry of every grid."
     x = stack_grids(grids); n = len(x); inside = x != PAD
     h, w = inside.any(2).sum(1), inside.any(1).sum(1)
     counts = np.stack([(x == c).sum((1,2)) for c in range(PAD)], 1)
     p = counts / counts.sum(1, keepdims=True)
-    owner, size = components(x); objects, _ = _regions((x > 0) & inside)
-    med = pd.Series(size).groupby(owner).median().reindex(range(n)).to_numpy()
+    numbers, m = _label_colours(x); parts = _regions(numbers, m); inner = _contained(x, numbers, m)
+    objects = _regions(*ndimage.label((x > 0) & inside, _eight))
+    count = lambda owner: np.bincount(owner, minlength=n)
+    mean = lambda r, k, how='mean': r.groupby('owner')[k].agg(how).reindex(range(n)).to_numpy()
     sym = _symmetries(x, h, w)
     return pd.DataFrame(dict(height=h, width=w, black=p[:,0], colours=(counts > 0).sum(1),
-        entropy=-(p*np.log2(np.where(p > 0, p, 1))).sum(1), components=np.bincount(owner, minlength=n),
-        one_cell=np.bincount(owner[size==1], minlength=n), median_size=med, objects=np.bincount(objects, minlength=n),
+        entropy=-(p*np.log2(np.where(p > 0, p, 1))).sum(1), components=count(parts.owner),
+        one_cell=count(parts.owner[parts['size']==1]), median_size=mean(parts, 'size', 'median'), objects=count(objects.owner),
+        fill=mean(objects, 'fill'), full_line=_full_line(x, h, w), frame=count(parts.owner[parts.frame]) > 0,
+        containment=count(parts.owner[inner]) > 0,
         **sym, sym_any=np.any(list(sym.values()), 0), black_commonest=counts[:,0] == counts.max(1), no_black=counts[:,0] == 0))
 
 # %% ../../nbs/10_grids.ipynb #fa999d06
 def _q(v)->str: return '/'.join(f'{q:.2g}' for q in np.nanquantile(np.asarray(v, float), (.05,.25,.5,.75,.95)))
 
-# %% ../../nbs/10_grids.ipynb #bf5fed74
+# %% ../../nbs/10_grids.ipynb #ddb7ec18
 def stats_column(grids)->dict:
     "The rows of `stats_table` for one collection."
     s = grid_stats(grids); cells = s.height*s.width; side = s[['height','width']].max(axis=1)
@@ -163,6 +199,8 @@ def stats_column(grids)->dict:
         'objects, mean': share(s.objects), 'objects, quantiles': _q(s.objects), 'median component, quantiles': _q(s.median_size),
         '1-cell components, pooled': share(s.one_cell.sum()/max(s.components.sum(), 1)),
         '1-cell components, mean share': share((s.one_cell/s.components)[s.components > 0]),
+        'fill of an object, mean': share(s.fill[s.objects > 0]), 'has a full line': share(s.full_line), 'has a frame': share(s.frame),
+        'contains one in another': share(s.containment),
         'left-right symmetric': share(s.sym_lr), 'up-down symmetric': share(s.sym_ud), 'half-turn symmetric': share(s.sym_rot),
         'diagonal symmetric': share(s.sym_diag), 'any symmetry': share(s.sym_any)}
 

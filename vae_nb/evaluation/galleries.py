@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from scipy import ndimage
 from torch import Tensor
 
-# %% ../../nbs/43_galleries.ipynb #7ba44a72
-from ..data.grids import COLOR_NAMES, show_grid
+# %% ../../nbs/43_galleries.ipynb #53d10975
+from ..data.grids import COLOR_NAMES, PAD, show_grid
 from .latents import encode_all
 from .metrics import reconstruct_all
 from ..models.vae import VAE, gaussian_kl
@@ -74,12 +74,12 @@ def plot_colours(shares, # {label: list of shares by symbol}
     ax.set(yscale='log', ylim=(1e-4, 1.5), ylabel='share of cells')
     ax.set_xticks(range(k), COLOR_NAMES[:k], rotation=45, ha='right'); ax.legend(fontsize=6); return ax
 
-# %% ../../nbs/43_galleries.ipynb #f52dec5d
+# %% ../../nbs/43_galleries.ipynb #dce6e34f
 def split_objects(grid        # (H, W) symbols
                  )->np.ndarray: # (n, H, W) bool, one mask an object
     "Masks of the one-colour 8-connected pieces of a grid, background left out."
     g = np.asarray(grid); masks = []
-    for c in np.unique(g[g > 0]):
+    for c in np.unique(g[(g > 0) & (g != PAD)]):
         lab, n = ndimage.label(g == c, structure=np.ones((3, 3))); masks += [lab == i for i in range(1, n + 1)]
     return np.array(masks, dtype=bool).reshape(-1, *g.shape)
 
@@ -90,13 +90,13 @@ def error_kinds(x, pred)->dict:
     return dict(missed=int((wrong & (p == 0)).sum()), recoloured=int((wrong & (x > 0) & (p > 0)).sum()),
                 ghost=int((wrong & (x == 0)).sum()))
 
-# %% ../../nbs/43_galleries.ipynb #d870f490
+# %% ../../nbs/43_galleries.ipynb #98474837
 def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
                     rank)->dict:                       # rank(name, value): share of the data with a smaller value
     "Evidence about one wrong reconstruction, and the `reason` that it supports."
     objs = split_objects(grid.cpu()); wrong = (grid != pred).cpu().numpy(); kinds = error_kinds(grid.cpu(), pred.cpu())
     hit = [m for m in objs if (m & wrong).any()]
-    alone = torch.stack([grid*torch.from_numpy(m).to(grid.device) for m in hit]) if hit else grid[None][:0]
+    alone = torch.stack([torch.where(torch.from_numpy(m).to(grid.device) | (grid == PAD), grid, 0) for m in hit]) if hit else grid[None][:0]
     right = (vae.reconstruct(alone) == alone).flatten(1).all(1).sum().item() if hit else 0
     crowd = rank('objects', len(objs)); n = len(hit); top = f"{len(objs)} objects, more than {crowd:.0%} of grids"
     which = lambda n: 'the wrong object is' if n == 1 else f'all {n} wrong objects are'
@@ -104,12 +104,13 @@ def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
     elif right == n: reason = f"crowding: {which(n)} right when alone ({top})"
     elif right == 0: reason = f"shape: {which(n)} wrong even alone ({', '.join(str(int(m.sum())) for m in hit)} cells)"
     else: reason = f"both: {right} of {n} wrong objects are right alone ({top})"
+    if hit and kinds['ghost']: reason += f"; {kinds['ghost']} ghost cells beside them"
     return kinds | dict(wrong=int(wrong.sum()), objects=len(objs), wrong_objects=n, right_alone=right, crowd_rank=crowd, reason=reason)
 
-# %% ../../nbs/43_galleries.ipynb #336671dd
+# %% ../../nbs/43_galleries.ipynb #d7355e01
 def failure_gallery(vae:VAE, x:Tensor, # (N, H, W) data
                     n=16, pred=None)->list: # of dict(index, evidence..., reason), the most wrong cells first
-    "The `n` worst reconstructions (distinct in what went wrong first), each explained by `explain_failure`."
+    "The `n` reconstructions with the most wrong cells, each explained by `explain_failure`."
     pred = reconstruct_all(vae, x) if pred is None else pred
     bad = (x != pred).flatten(1).sum(1); order = bad.argsort(descending=True, stable=True)[:n]; order = order[bad[order] > 0]
     counts = {'objects': np.sort([len(split_objects(g)) for g in x[:1000].cpu()])}

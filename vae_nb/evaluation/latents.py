@@ -41,12 +41,12 @@ def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
     return dict(rate=(own - prior).mean().item(), mutual_information=(own - agg).mean().item(),
                 marginal_kl=(agg - prior).mean().item(), ceiling=math.log(n))
 
-# %% ../../nbs/42_latents.ipynb #55d7e78e
+# %% ../../nbs/42_latents.ipynb #0049b644
 @torch.no_grad()
 def shuffled_nll(vae:VAE, x:Tensor, seed:int=0, batch_size:int=1000)->dict:
     "Distortion with the own code (`own`), with another example's (`shuffled`), and their difference, `heard`, in nats."
     gen = new_generator(seed, 'shuffle', device=x.device); own = other = 0.
-    for b in x.split(batch_size):
+    for b in x.tensor_split(max(1, -(-len(x)//batch_size))):         # even parts: none has a single example
         mu, logvar = vae.encode(b); z = reparameterise(mu, logvar, torch.randn(mu.shape, generator=gen, device=b.device))
         own += vae.likelihood.nll(vae.decode(z), b).sum().item()
         other += vae.likelihood.nll(vae.decode(z.roll(1, 0)), b).sum().item()

@@ -10,9 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/41_metrics.ipynb #f4cc97cf
+# %% ../../nbs/41_metrics.ipynb #b8b278d7
 from ..core import new_generator
 from ..data.datasets import class_counts
+from ..data.grids import PAD
 from ..models.vae import VAE
 from ..training.signals import confusion, grid_scores
 
@@ -37,14 +38,16 @@ def background_nll(train:Tensor, test:Tensor, n_symbols:int)->float:
 
 def skill(nelbo:float, baseline:float)->float: return 1 - nelbo/baseline
 
-# %% ../../nbs/41_metrics.ipynb #45c743c9
+# %% ../../nbs/41_metrics.ipynb #2d2811b0
 @torch.no_grad()
-def calibration(vae:VAE, x:Tensor, bins:int=15, seed:int=0, batch_size:int=1000)->dict:
-    """Reliability of each cell's most probable colour, over cells where either truth or prediction is not background: `ece`, and
-    per bin confidence, accuracy and count."""
+def calibration(vae:VAE, x:Tensor, bins:int=15, seed:int=0, batch_size:int=1000,
+                sure:float=0.99 # cells whose background is more probable than this are left out
+               )->dict:
+    """Reliability of each cell's most probable colour, over cells the model is not `sure` are background: `ece`, and per bin
+    confidence, accuracy and count. Cells are chosen by the prediction alone; choosing by the truth would bias every bin."""
     gen = new_generator(seed, 'calibration', device=x.device); conf, hit = [], []
     for b in x.split(batch_size):
-        t = vae(b, generator=gen); p, pred = t.params.softmax(1).max(1); keep = (b > 0) | (pred > 0)
+        t = vae(b, generator=gen); p, pred = t.params.softmax(1).max(1); keep = t.params.softmax(1)[:, 0] < sure
         conf.append(p[keep].cpu()); hit.append((pred == b)[keep].cpu())
     return reliability(torch.cat(conf), torch.cat(hit), bins)
 
@@ -57,12 +60,12 @@ def reliability(conf:Tensor, # confidences in [0, 1]
     c, a = i.bincount(conf.double(), minlength=bins)/m, i.bincount(hit.double(), minlength=bins)/m
     return dict(ece=((c - a).abs()*n).sum().item()/max(1, len(conf)), confidence=c.tolist(), accuracy=a.tolist(), count=n.tolist())
 
-# %% ../../nbs/41_metrics.ipynb #86ecb8f4
+# %% ../../nbs/41_metrics.ipynb #ab11241b
 def sample_scores(samples:Tensor, x:Tensor, n_symbols:int)->dict:
     """Colour shares of samples beside the data's, their total variation distance, coloured cells a grid, distinct samples, and
     samples that copy the data exactly."""
     a, b = (class_counts(t, n_symbols).double().cpu() for t in (samples, x)); a, b = a/a.sum(), b/b.sum()
-    cells = lambda t: (t > 0).flatten(1).sum(1).double().mean().item()
+    cells = lambda t: ((t > 0) & (t != PAD)).flatten(1).sum(1).double().mean().item()
     rows = lambda t: {r.tobytes() for r in t.cpu().numpy().reshape(len(t), -1)}
     mine, theirs = rows(samples), rows(x)
     return dict(colour_distance=(a - b).abs().sum().item()/2, sample_share=a.tolist(), data_share=b.tolist(), coloured_cells=cells(samples),

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core import UserError, nearest
 from ..models.objective import beta_schedules, reductions, weightings
 
-# %% ../../nbs/30_config.ipynb #53071399
+# %% ../../nbs/30_config.ipynb #73db9180
 augmentations = ('rotate', 'flip', 'colours')
 
 class ModelFields(BaseModel):
     "What is trained, and on what. Unknown names are refused."
-    model_config = ConfigDict(extra='forbid', validate_default=True, validate_assignment=True)
+    model_config = ConfigDict(extra='forbid', allow_inf_nan=False, validate_default=True, validate_assignment=True)
     # data
     data_path: str = Field('data/simplified_dataset_100k.npz',
                            description="the .npz of grids; relative paths start at the project's folder")

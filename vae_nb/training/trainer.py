@@ -16,25 +16,27 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save
 from torch import nn
 
-# %% ../../nbs/33_trainer.ipynb #2c2d4a91
-from ..core import (UserError, atomic_write, derive_seed, load_settings, pick_device, read_json, seed_everything, to_jsonable, utc_now, write_json)
+# %% ../../nbs/33_trainer.ipynb #35d483b5
+from ..core import (UserError, atomic_write, derive_seed, hash_text, load_settings, new_generator, pick_device, read_json, seed_everything,
+                         to_jsonable, utc_now, write_json)
 from ..data.datasets import GridDataset, augment_grids, class_counts, load_dataset
 from ..models.likelihoods import make_likelihood
 from ..models.networks import count_parameters
 from ..models.objective import Objective, beta_at, class_weights, settled_at
 from ..models.vae import VAE
 from ..runs import EventLog, read_events, start_run
-from .config import TrainConfig, make_config
+from .config import TrainConfig, dump_config, make_config
 from .signals import SignalBuffer, gradient_norms, validate
 from .tracking import Tracker, picture, tracker_scores
 
-# %% ../../nbs/33_trainer.ipynb #8fcea8e6
+# %% ../../nbs/33_trainer.ipynb #ea9b1026
 def find_data(path)->Path:
     "The data file: as given, or relative to the project's folder, or (for `data/...`) in the data folder."
     path = Path(path).expanduser(); s = load_settings()
-    tries = [path] if path.is_absolute() else [Path.cwd()/path, s.root/path, s.data.joinpath(*path.parts[1:])]
+    tries = [path] if path.is_absolute() else [Path.cwd()/path, s.root/path]
+    if path.parts[0] == 'data': tries.append(s.data.joinpath(*path.parts[1:]))
     for p in tries:
-        if p.exists(): return p
+        if p.is_file(): return p
     raise UserError(f"There is no data set at {path}: make one with `vae-nb generate --out {path}`.")
 
 # %% ../../nbs/33_trainer.ipynb #c558ec32
@@ -63,12 +65,13 @@ def build_vae(params:dict,   # the configuration's fields
     lik = make_likelihood(params['likelihood'], n_symbols=n_symbols)
     return VAE(size, lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden', 'code')})
 
-# %% ../../nbs/33_trainer.ipynb #38957913
+# %% ../../nbs/33_trainer.ipynb #157c3d49
 @patch
 def build(self:Trainer):
     "Model, average, optimiser, objective, and a state of plain numbers."
     c = self.c; seed_everything(c.seed)
     self.size, self.n_symbols = self.train.shape[-1], self.data.n_symbols
+    if self.train.shape[-2] != self.size: raise UserError(f"The networks take square grids, these are {self.train.shape[-2]} x {self.size}: pad them.")
     self.vae = build_vae(c.model_dump(), self.size, self.n_symbols).to(self.device)
     self.vae.likelihood.check(self.train); self.vae.likelihood.check(self.val)
     self.ema = copy.deepcopy(self.vae).requires_grad_(False) if c.ema else self.vae
@@ -82,7 +85,9 @@ def build(self:Trainer):
     bf16 = c.precision == 'bfloat16' or (c.precision == 'auto' and self.device.type == 'cuda')
     self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
     if c.compile: self.vae.encoder.compile(); self.vae.decoder.compile()
-    self.s = dict(step=0, updates=0, best=None, best_epoch=None, stale=0, nonfinite=0, nonfinite_in_row=0, seconds=0., train_seconds=0., sums=[0., 0., 0., 0])
+    self.s = dict(step=0, updates=0, best=None, best_epoch=None, stale=0, nonfinite=0, nonfinite_in_row=0,
+                  seconds=0., train_seconds=0., summed=0)
+    self.sums = torch.zeros(3, dtype=torch.double, device=self.device)        # loss, nll and kl of the epoch so far
 
 # %% ../../nbs/33_trainer.ipynb #b1574121
 def lr_at(step, c:TrainConfig, steps_per_epoch, total_steps)->float:
@@ -92,13 +97,13 @@ def lr_at(step, c:TrainConfig, steps_per_epoch, total_steps)->float:
     u = min(1., (step - warm)/max(1., total_steps - warm))
     return c.lr*(c.lr_final + (1 - c.lr_final)*(0.5 + 0.5*math.cos(math.pi*u)))
 
-# %% ../../nbs/33_trainer.ipynb #db169e80
+# %% ../../nbs/33_trainer.ipynb #ef15a4d8
 @patch
 def step(self:Trainer, index):
     "One optimiser step on the training examples `index`; a step that is not finite changes nothing but the counters."
     c, s = self.c, self.s; n = s['step']
     self.gen.manual_seed(derive_seed(c.seed, 'step', n))
-    x = augment_grids(self.train[index], self.gen, c.augment_kinds) if c.augment_kinds else self.train[index]
+    x = augment_grids(self.train[index], self.gen, c.augment_kinds, self.n_symbols) if c.augment_kinds else self.train[index]
     noise = torch.randn(len(x), c.latent_dim, generator=self.gen, device=self.device)
     beta = beta_at(n, c.beta_schedule, c.beta_max, round(c.beta_warmup*self.steps_per_epoch))
     lr = lr_at(n, c, self.steps_per_epoch, self.total_steps)
@@ -110,22 +115,23 @@ def step(self:Trainer, index):
     finite = math.isfinite(size)
     if finite: self.update(size)
     self.count(finite)
-    self.signals.add(t, loss, norms, total, step=n, beta=beta, lr=lr, skipped=int(not finite), clipped=int(bool(c.clip_norm) and size > c.clip_norm))
-    if finite: s['sums'] = [a + b for a, b in zip(s['sums'], (loss.item(), t.nll.detach().mean().item(), t.kl.detach().sum(1).mean().item(), 1))]
+    head = self.signals.add(t, loss, norms, total, step=n, beta=beta, lr=lr, skipped=int(not finite),
+                            clipped=int(0 < c.clip_norm < size))
+    if finite: self.sums += head; s['summed'] += 1
     s['step'] = n + 1
 
-# %% ../../nbs/33_trainer.ipynb #6cdfad5b
+# %% ../../nbs/33_trainer.ipynb #4e61b129
 @patch
 def update(self:Trainer, size):
-    "Clip the gradients, whose norm is `size`, step, and move the average. The average starts fast, or it would remember the initial weights."
-    s = self.s
-    if self.c.clip_norm and size > self.c.clip_norm: torch._foreach_mul_([p.grad for part in self.parts for p in part], self.c.clip_norm/size)
+    "Clip the gradients, whose norm is `size`, step, and move the average."
+    s, c = self.s, self.c
+    if 0 < c.clip_norm < size: torch._foreach_mul_([p.grad for part in self.parts for p in part], c.clip_norm/size)
     self.opt.step(); s['updates'] += 1
-    if self.c.ema:
-        d = min(self.c.ema, (1 + s['updates'])/(10 + s['updates']))
+    if c.ema:        # the average starts fast, or it would remember the initial weights
+        d = min(c.ema, (1 + s['updates'])/(10 + s['updates']))
         with torch.no_grad(): torch._foreach_lerp_(list(self.ema.parameters()), list(self.vae.parameters()), 1 - d)
 
-# %% ../../nbs/33_trainer.ipynb #629638cc
+# %% ../../nbs/33_trainer.ipynb #9c382411
 class NonFiniteError(RuntimeError):
     "Ten steps in a row gave a gradient that is not finite."
 
@@ -141,9 +147,10 @@ def count(self:Trainer, finite):
     if s['nonfinite_in_row'] >= max_nonfinite:
         self.signals.flush()
         raise NonFiniteError(f"{max_nonfinite} steps in a row up to step {s['step']} had a gradient that is not finite: training stopped. "
-                             f"Lower lr (now {self.c.lr:g}) or clip_norm ({self.c.clip_norm:g}), and look at logvar_max in {self.out/'events.jsonl'}.")
+                             f"Lower lr (now {self.c.lr:g}) or clip_norm ({self.c.clip_norm:g}), and look at logvar_max "
+                             f"in {self.out/'events.jsonl'}.")
 
-# %% ../../nbs/33_trainer.ipynb #6559e3e7
+# %% ../../nbs/33_trainer.ipynb #1853938f
 def _plain(module): return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
 def save_weights(path, module:nn.Module):
@@ -159,11 +166,11 @@ def checkpoint(self:Trainer):
     if self.c.ema: save_weights(folder/'ema.safetensors', self.ema)
     buf = io.BytesIO(); torch.save(self.opt.state_dict(), buf)
     with atomic_write(folder/'optimiser.pt') as f: f.write(buf.getvalue())
-    write_json(self.out/'checkpoint'/'latest.json', dict(folder=name, state=self.s, log_bytes=self.log.tell()))
+    write_json(self.out/'checkpoint'/'latest.json', dict(folder=name, state=self.s, sums=self.sums, log_bytes=self.log.tell()))
     for old in (self.out/'checkpoint').glob('step-*'):
         if old.name != name: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/33_trainer.ipynb #68621b9c
+# %% ../../nbs/33_trainer.ipynb #e62fc1b6
 @patch
 def restore(self:Trainer)->bool:
     "Continue from the latest checkpoint, if there is one."
@@ -174,8 +181,11 @@ def restore(self:Trainer)->bool:
         self.vae.load_state_dict(load_file(folder/'model.safetensors'))
         if self.c.ema: self.ema.load_state_dict(load_file(folder/'ema.safetensors'))
         self.opt.load_state_dict(torch.load(folder/'optimiser.pt', weights_only=True, map_location=self.device))
-    except Exception as e: raise UserError(f"The checkpoint {folder} cannot be read ({type(e).__name__}: {e}): delete {latest.parent} to start again.") from None
-    self.s = rec['state']; self.log = EventLog(self.out/'events.jsonl', keep_bytes=rec['log_bytes'])
+    except Exception as e:
+        raise UserError(f"The checkpoint {folder} cannot be read ({type(e).__name__}: {e}): "
+                        f"delete {latest.parent} to start again.") from None
+    self.s, self.sums[:] = rec['state'], torch.tensor(rec['sums'], dtype=torch.double)
+    self.log = EventLog(self.out/'events.jsonl', keep_bytes=rec['log_bytes'])
     self.log.write(dict(kind='resumed', time=utc_now(), step=self.s['step']))
     return True
 
@@ -195,11 +205,12 @@ def signals_to(trainer):
     finally:
         for n, h in old.items(): signal.signal(n, h)
 
-# %% ../../nbs/33_trainer.ipynb #9aa6f093
+# %% ../../nbs/33_trainer.ipynb #8e0eba14
 @patch
 def end_epoch(self:Trainer):
     "Validate, log, track, and keep the weights if they are the best so far."
-    c, s = self.c, self.s; epoch = s['step']//self.steps_per_epoch; n = max(1, s['sums'][3])
+    c, s = self.c, self.s; epoch = s['step']//self.steps_per_epoch; n = max(1, s['summed'])
+    self.signals.flush()
     v = validate(self.ema, self.val, autocast=self.autocast)
     score = v['nll'] if c.monitor == 'nll' or (c.monitor == 'auto' and c.beta_max == 0) else v['nelbo']
     settled = s['step'] >= min(self.total_steps, settled_at(c.beta_schedule, round(c.beta_warmup*self.steps_per_epoch)))
@@ -208,12 +219,12 @@ def end_epoch(self:Trainer):
         s['best'], s['best_epoch'], s['stale'] = score, epoch, 0
         save_weights(self.out/'checkpoint'/'best.safetensors', self.ema)
     elif settled: s['stale'] += 1
-    train = dict(zip(('train_loss', 'train_nll', 'train_kl'), (a/n for a in s['sums'][:3])))
-    self.signals.flush()
-    self.log.write(dict(kind='epoch', time=utc_now(), epoch=epoch, step=s['step'], seconds=s['seconds'], **train, score=score, best=better, **v))
+    train = dict(zip(('train_loss', 'train_nll', 'train_kl'), (self.sums/n).tolist()))
+    self.log.write(dict(kind='epoch', time=utc_now(), epoch=epoch, step=s['step'], seconds=s['seconds'], **train,
+                        score=score, best=better, **v))
     self.tracker.log(s['step'], tracker_scores(v) | train)
     if c.image_every and (epoch % c.image_every == 0 or epoch == c.epochs): self.send_picture()
-    s['sums'] = [0., 0., 0., 0]
+    self.sums.zero_(); s['summed'] = 0; self.signals.restart()          # validation is no training time
     return v
 
 # %% ../../nbs/33_trainer.ipynb #ee6f8f08
@@ -222,14 +233,16 @@ def send_picture(self:Trainer):
     "Reconstructions of the first validation grids, to the tracker."
     x = self.val[:16]; self.tracker.image(self.s['step'], 'reconstructions', picture(x, self.ema.eval().reconstruct(x)))
 
-# %% ../../nbs/33_trainer.ipynb #f773bf14
+# %% ../../nbs/33_trainer.ipynb #5cc28914
 @patch
 def loop(self:Trainer)->str:
     "Train until done; returns why it ended: 'epochs', 'patience' or 'minutes'."
     c, s = self.c, self.s; bar = Progress(self); saved = time.monotonic()
     self.vae.train(); start, before = time.monotonic(), s['seconds']
     for epoch in range(s['step']//self.steps_per_epoch, c.epochs):
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(derive_seed(c.seed, 'order', epoch))).to(self.device)
+        if c.patience and s['stale'] >= c.patience: return 'patience'
+        if c.max_minutes and s['seconds'] > 60*c.max_minutes: return 'minutes'
+        order = torch.randperm(len(self.train), generator=new_generator(c.seed, 'order', epoch)).to(self.device)
         for i in range(s['step'] % self.steps_per_epoch, self.steps_per_epoch):
             tick = time.monotonic()
             self.step(order[i*c.batch_size:(i + 1)*c.batch_size]); bar.step()
@@ -238,17 +251,19 @@ def loop(self:Trainer)->str:
             if i + 1 == self.steps_per_epoch or late: bar.epoch(self.end_epoch())
             if late: return 'minutes'
             if self.stop_signal or now - saved >= 60*c.checkpoint_minutes: self.checkpoint(); saved = now
-            if self.stop_signal: raise Interrupted(f"Stopped by {self.stop_signal} at step {s['step']} of {self.total_steps}; start it again to go on from there.")
-        if c.patience and s['stale'] >= c.patience: return 'patience'
+            if self.stop_signal:
+                raise Interrupted(f"Stopped by {self.stop_signal} at step {s['step']} of {self.total_steps}; "
+                                  "start it again to go on from there.")
     return 'epochs'
 
-# %% ../../nbs/33_trainer.ipynb #e9ac16a6
+# %% ../../nbs/33_trainer.ipynb #c2af9cae
 class Progress:
     "A tqdm bar over steps, or a printed line after an epoch, at most one in ten seconds."
     def __init__(self, tr:Trainer):
         from tqdm.auto import tqdm
         self.tr, self.last = tr, 0.
-        self.bar = tqdm(total=tr.total_steps, initial=tr.s['step'], unit='step', leave=True, mininterval=0.5) if tr.progress == 'bar' else None
+        self.bar = None
+        if tr.progress == 'bar': self.bar = tqdm(total=tr.total_steps, initial=tr.s['step'], unit='step', leave=True, mininterval=0.5)
 
     def step(self):
         if self.bar is not None: self.bar.update()
@@ -258,15 +273,17 @@ class Progress:
         text = f"NELBO {v['nelbo']:.2f} nats (nll {v['nll']:.2f}, kl {v['kl']:.2f}), exact {v['exact_match']:.1%}"
         if self.bar is not None: self.bar.set_postfix_str(text); done and self.bar.close()
         elif self.tr.progress == 'lines' and (done or now - self.last > 10):
-            print(f"{self.tr.out.name}: epoch {s['step']/self.tr.steps_per_epoch:.0f}/{self.tr.c.epochs}  {text}  {s['seconds']:.0f} s", flush=True); self.last = now
+            at = f"epoch {s['step']/self.tr.steps_per_epoch:.0f}/{self.tr.c.epochs}"
+            print(f"{self.tr.out.name}: {at}  {text}  {s['seconds']:.0f} s", flush=True); self.last = now
 
-# %% ../../nbs/33_trainer.ipynb #b01cfd27
+# %% ../../nbs/33_trainer.ipynb #f1f3c535
 def audit(x, n_symbols)->dict:
     "What the data looks like at the start of a run: shape, type, range, share of each symbol."
     share = class_counts(x, n_symbols).double(); share = (share/share.sum()).tolist()
-    return dict(kind='audit', shape=list(x.shape), dtype=str(x.dtype), lowest=int(x.min()), highest=int(x.max()), symbol_share=[round(v, 5) for v in share])
+    return dict(kind='audit', shape=list(x.shape), dtype=str(x.dtype), lowest=int(x.min()), highest=int(x.max()),
+                symbol_share=[round(v, 5) for v in share])
 
-# %% ../../nbs/33_trainer.ipynb #6bff8445
+# %% ../../nbs/33_trainer.ipynb #21acdd77
 def fit(config:TrainConfig, # or a dict of its fields
         out,                # the run folder; an unfinished run in it goes on
         data=None,          # a GridDataset; default: read from config.data_path
@@ -275,11 +292,13 @@ def fit(config:TrainConfig, # or a dict of its fields
     "Train a VAE into the folder `out`. Raises `UserError` if the folder holds another run, `NonFiniteError`, `Interrupted`."
     if isinstance(config, dict): config = make_config(config)
     out = Path(out); tr = Trainer(config, out, data, progress)
-    record = to_jsonable(dict(name='train', seed=config.seed, params=config.model_dump(), model=dict(size=tr.size, n_symbols=tr.n_symbols)))
+    record = to_jsonable(dict(name='train', seed=config.seed, params=config.model_dump(), model=dict(size=tr.size, n_symbols=tr.n_symbols),
+                              data=hash_text(*[x.cpu().numpy().tobytes() for x in (tr.train, tr.val)])))
     if (out/'config.json').exists() and read_json(out/'config.json', 'configuration') != record:
-        raise UserError(f"{out} holds a run with another configuration: choose another folder, or delete that one.")
+        raise UserError(f"{out} holds a run with another configuration or other data: choose another folder, or delete that one.")
     if (out/'metrics.json').exists(): return read_json(out/'metrics.json', 'summary')['metrics']
     start_run(out, record, device=tr.device, command=train_command(config)).events.close()
+    with atomic_write(out/'config.yaml', 'w') as f: f.write(dump_config(config))       # for --config: the same run again
     resumed = tr.restore()
     tr.signals, tr.tracker = SignalBuffer(tr.log, config.latent_dim, tr.device), Tracker(config, out)
     if not resumed: tr.log.write(dict(kind='start', time=utc_now(), parameters=count_parameters(tr.vae)), audit(tr.train, tr.n_symbols))
@@ -295,24 +314,25 @@ def train_command(c:TrainConfig)->str:
     diff = {n: v for n, v in c.model_dump().items() if v != TrainConfig.model_fields[n].default}
     return ' '.join(['vae-nb train', *[flag(n.replace('_', '-'), v) for n, v in diff.items()]])
 
-# %% ../../nbs/33_trainer.ipynb #22d9b050
+# %% ../../nbs/33_trainer.ipynb #e8797937
 @patch
 def finish(self:Trainer, status)->dict:
     "Keep the last weights if no epoch was ever judged, then write the summary."
     s = self.s; best = self.out/'checkpoint'/'best.safetensors'
     if not best.exists(): save_weights(best, self.ema)
     self.checkpoint()
-    epochs = read_events(self.out/'events.jsonl', 'epoch'); kept = [e for e in epochs if e['epoch'] == s['best_epoch']] or epochs
+    epochs = read_events(self.out/'events.jsonl', 'epoch'); kept = [e for e in epochs if e['best']] or epochs
     scores = {k: v for k, v in kept[-1].items() if k not in ('kind', 'time', 'best', 'step', 'seconds')}
-    summary = dict(status=status, **scores, best_epoch=s['best_epoch'], epochs=s['step']/self.steps_per_epoch, steps=s['step'], nonfinite=s['nonfinite'],
-                   seconds=round(s['seconds'], 1), train_seconds=round(s['train_seconds'], 1), parameters=count_parameters(self.vae), tracker_errors=self.tracker.errors)
+    summary = dict(status=status, **scores, best_epoch=s['best_epoch'], epochs=s['step']/self.steps_per_epoch, steps=s['step'],
+                   nonfinite=s['nonfinite'], seconds=round(s['seconds'], 1), train_seconds=round(s['train_seconds'], 1),
+                   parameters=count_parameters(self.vae), tracker_errors=self.tracker.errors)
     self.log.write(dict(kind='end', time=utc_now(), status=status)); self.log.close()
     prov = read_json(self.out/'provenance.json', 'provenance')
     write_json(self.out/'provenance.json', prov | dict(finished=utc_now(), seconds=summary['seconds']))
     write_json(self.out/'metrics.json', dict(name='train', seed=self.c.seed, profile=None, metrics=summary, tables={}, figures={}))
     return summary
 
-# %% ../../nbs/33_trainer.ipynb #e51d23b0
+# %% ../../nbs/33_trainer.ipynb #630cc226
 def load_vae(run,              # a training's run folder
              which='best',     # 'best' (validated, averaged) or 'latest' (where the optimiser stands)
              device='auto'     # where to put it
@@ -320,9 +340,11 @@ def load_vae(run,              # a training's run folder
     "The trained network of a run folder, in evaluation mode. Raises `UserError` if there is none."
     run = Path(run); rec = read_json(run/'config.json', 'configuration')
     if 'model' not in rec: raise UserError(f"{run} holds no training: point to a folder made by `vae-nb train`.")
-    path = run/'checkpoint'/'best.safetensors' if which == 'best' else run/'checkpoint'/read_json(run/'checkpoint'/'latest.json', 'checkpoint')['folder']/'model.safetensors'
+    path = run/'checkpoint'/'best.safetensors'
+    if which == 'latest': path = path.parent/read_json(path.with_name('latest.json'), 'checkpoint')['folder']/'model.safetensors'
     vae = build_vae(rec['params'], rec['model']['size'], rec['model']['n_symbols'])
     try: vae.load_state_dict(load_file(path))
-    except FileNotFoundError: raise UserError(f"{run} has no weights yet ({path.name} is missing): the training has not reached an epoch that counts.") from None
+    except FileNotFoundError:
+        raise UserError(f"{run} has no weights yet ({path.name} is missing): the training has not reached an epoch that counts.") from None
     except Exception as e: raise UserError(f"The weights {path} cannot be read: {e}.") from None
     return vae.to(pick_device(device)).eval()
