@@ -6,7 +6,9 @@ import numpy as np, pytest, torch
 
 from vae_nb.core import UserError, new_generator
 from vae_nb.data.composition import FAMILIES, RECIPES, AtomicImageGenerator
-from vae_nb.data.datasets import SPLITS, deflate_nats, file_sizes, load_dataset, make_dataset, save_dataset, source_entropy
+from vae_nb.data.datasets import (AUGMENTATIONS, SPLITS, augment_grids, deflate_nats, entropy_of_mix, file_sizes, load_dataset,
+                                  make_dataset, save_dataset, source_entropy)
+from vae_nb.data.grids import crop, grid_stats
 from vae_nb.data.shapes import PATTERNS, LineGenerator, PatternGenerator, RectangleGenerator
 from vae_nb.generate import generate
 
@@ -166,6 +168,63 @@ def test_entropy_falls_with_the_choices():
     three = RECIPES['simplified'].model_copy(update=dict(colours=(1., 1., 1.) + (0.,)*6))
     full, less = source_entropy('simplified', 1200), source_entropy(three, 1200)
     assert abs((full.nats - less.nats) - 3.5*np.log(3)) < 5*(full.stderr + less.stderr)
+
+
+def test_the_floor_of_the_stored_set_is_higher(made):
+    "Without repeats there are fewer grids of one object, and these are the cheapest."
+    source = source_entropy(samples=1200)
+    stored = entropy_of_mix(source, torch.cat([made[1].objects[k]['n_objects'] for k in SPLITS]))
+    fresh = entropy_of_mix(source, AtomicImageGenerator('simplified').sample(100_000, new_generator(0, 'mix')).n_objects)
+    assert .2 < stored.nats - source.nats < .6 and stored.stderr == pytest.approx(source.stderr, rel=.1)
+    assert abs(fresh.nats - source.nats) < 5*16.2/np.sqrt(100_000)   # 16.2: how far the six figures spread
+    with pytest.raises(UserError, match="with 7 objects"): entropy_of_mix(source, [3, 7])
+
+
+def test_every_augmentation_by_its_name(made):
+    x = made[1].val[:500]
+    for k in AUGMENTATIONS: assert not torch.equal(augment_grids(x, new_generator(0, k), (k,)), x)
+
+
+# What the statistics call a line, a frame and containment, the slow way
+
+def _slow(g):
+    "Line, frame and containment of one grid by plain loops."
+    H, W = g.shape
+    line = min(H, W) >= 3 and any(r[0] > 0 and (r == r[0]).all() for r in (*g, *g.T))
+    left, frame, contained = {(i, j) for i in range(H) for j in range(W) if g[i, j]}, False, False
+    while left:
+        todo = [min(left)]; part = set(todo); c = g[todo[0]]
+        while todo:
+            i, j = todo.pop()
+            new = {(a, b) for a in (i-1, i, i+1) for b in (j-1, j, j+1) if (a, b) in left - part and g[a, b] == c}
+            part |= new; todo += new
+        left -= part
+        (t, b), (l, r) = ((min(v), max(v)) for v in zip(*part))
+        frame |= b-t >= 2 and r-l >= 2 and _ring(t, b, l, r) <= part and not _ring(t+1, b-1, l+1, r-1) & part
+        contained |= any(_walled(g, part, wall) for wall in range(1, 10) if wall != c)
+    return line, frame, contained
+
+
+def _ring(t, b, l, r): return {(i, j) for i in range(t, b+1) for j in range(l, r+1) if i in (t, b) or j in (l, r)}
+
+
+def _walled(g, part, wall):
+    "No way leads from any cell of `part` off the grid without crossing the colour `wall`."
+    seen, todo = set(part), list(part)
+    while todo:
+        i, j = todo.pop()
+        for a, b in ((i-1, j), (i+1, j), (i, j-1), (i, j+1)):
+            if not (0 <= a < g.shape[0] and 0 <= b < g.shape[1]): return False
+            if g[a, b] != wall and (a, b) not in seen: seen.add((a, b)); todo.append((a, b))
+    return True
+
+
+def test_lines_frames_and_containment_by_loops():
+    grids = [crop(g) for g in AtomicImageGenerator('arc_like').sample(400, new_generator(0, 'loops')).grids]
+    rng = np.random.default_rng(0)
+    for p in ((.3, .6, .1), (.1, .8, .1)): grids += [rng.choice(3, size=rng.integers(1, 8, 2), p=p).astype(np.uint8) for _ in range(300)]
+    fast, slow = grid_stats(grids)[['full_line', 'frame', 'containment']].to_numpy(), np.array([_slow(g) for g in grids])
+    assert (slow.sum(0) > 20).all() and (fast == slow).all()
 
 
 # Files that are damaged, foreign or hostile

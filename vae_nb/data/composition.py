@@ -459,12 +459,12 @@ def _arc_like(self:AtomicImageGenerator, n, rng)->Batch:
     batch.scene = sum(chosen[k].to(torch.uint8) << b for b, k in enumerate(SCENE_FLAGS))
     return batch
 
-# %% ../../nbs/12_composition.ipynb #1dc81d70
+# %% ../../nbs/12_composition.ipynb #26680072
 _arc_scene = Scene(
     sides=(0, .003, .146, .024, .054, .052, .055, .039, .095, .226, .055, .057, .05, .042, .059, .043), square=.64, small=4,
-    palette=(.2, .22, .15, .14, .15, .14), dense_small=.66, dense=.1, full=.32, texture=.1, blocks=.1, repeat=.2, filled=.25, apart=.5,
+    palette=(.2, .22, .15, .14, .15, .14), dense_small=.66, dense=.1, full=.32, texture=.1, blocks=.1, repeat=.2, filled=.65, apart=.5,
     mirror=.07, separators=.07, lines=.1, noise=.12, background=.035)
 RECIPES['arc_like'] = make_recipe(
     name='arc_like', max_objects=16, counts=(.09, .15, .16, .14, .11, .08, .06, .05, .04, .04, .03, .03, .03, .02, .02, .02),
-    types=dict(dot=.34, rectangle=.28, line=.14, pattern=.08, frame=.05, blob=.1), cells=(2, 18), rectangle_sides=(1, 6),
+    types=dict(dot=.34, rectangle=.23, line=.14, pattern=.08, frame=.1, blob=.1), cells=(2, 18), rectangle_sides=(1, 6),
     frame_sides=(3, 7), oriented=True, colours=(.4, .48, .36, .33, .28, .2, .15, .37, .11), max_tries=16, scene=_arc_scene)
