@@ -21,9 +21,9 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-# %% ../../nbs/60_runner.ipynb #5e580093
+# %% ../../nbs/60_runner.ipynb #23db987c
 from ..core import UserError, load_settings, nearest, read_json, utc_now, write_json
-from ..runs import is_alive, lock_path, lock_run, read_run, repeat_command, resolve_params, run_key, short_name
+from ..runs import lock_path, lock_run, read_run, repeat_command, resolve_params, run_key, short_name
 
 # %% ../../nbs/60_runner.ipynb #c1c7abef
 def unfinished_cells(nb)->list: # [(number of the code cell, 'never ran' | 'raised ValueError')]

@@ -68,10 +68,10 @@ def confusion(x:Tensor, pred:Tensor, # (..., H, W) symbols
     "Confusion counts of predicted against true symbols."
     return (x.long()*n_symbols + pred.long()).flatten().bincount(minlength=n_symbols**2).view(n_symbols, n_symbols)
 
-# %% ../../nbs/31_signals.ipynb #c9da70af
+# %% ../../nbs/31_signals.ipynb #3af5482e
 def grid_scores(conf:Tensor # (K, K) from `confusion`
                )->dict:     # shares in [0, 1]; recalls of absent symbols are NaN
-    "Accuracy beside its all-background baseline, accuracy off the background, recall of each colour and their mean. Padding cells do not count."
+    "Accuracy beside its all-background baseline, accuracy off the background, recall by colour and their mean; padding does not count."
     c = conf.double()[:PAD]; true, hit = c.sum(1), c.diagonal()
     recall = (hit/true).tolist(); seen = [r for r in recall if r == r]
     return dict(pixel_accuracy=(hit.sum()/c.sum()).item(), background_share=(true[0]/c.sum()).item(),

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save
 from torch import nn
 
-# %% ../../nbs/33_trainer.ipynb #35d483b5
-from ..core import (UserError, atomic_write, derive_seed, hash_text, load_settings, new_generator, pick_device, read_json, seed_everything,
-                         to_jsonable, utc_now, write_json)
+# %% ../../nbs/33_trainer.ipynb #d8ace8e3
+from ..core import (UserError, atomic_write, derive_seed, hash_text, load_settings, new_generator, pick_device, read_json,
+                         seed_everything, to_jsonable, utc_now, write_json)
 from ..data.datasets import GridDataset, augment_grids, class_counts, load_dataset
 from ..models.likelihoods import make_likelihood
 from ..models.networks import count_parameters
@@ -65,13 +65,14 @@ def build_vae(params:dict,   # the configuration's fields
     lik = make_likelihood(params['likelihood'], n_symbols=n_symbols)
     return VAE(size, lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden', 'code')})
 
-# %% ../../nbs/33_trainer.ipynb #157c3d49
+# %% ../../nbs/33_trainer.ipynb #c42a5cb6
 @patch
 def build(self:Trainer):
     "Model, average, optimiser, objective, and a state of plain numbers."
     c = self.c; seed_everything(c.seed)
     self.size, self.n_symbols = self.train.shape[-1], self.data.n_symbols
-    if self.train.shape[-2] != self.size: raise UserError(f"The networks take square grids, these are {self.train.shape[-2]} x {self.size}: pad them.")
+    if self.train.shape[-2] != self.size:
+        raise UserError(f"The networks take square grids, these are {self.train.shape[-2]} x {self.size}: pad them.")
     self.vae = build_vae(c.model_dump(), self.size, self.n_symbols).to(self.device)
     self.vae.likelihood.check(self.train); self.vae.likelihood.check(self.val)
     self.ema = copy.deepcopy(self.vae).requires_grad_(False) if c.ema else self.vae
