@@ -27,7 +27,7 @@ def active_units(mu:Tensor, # (N, D) posterior means of a data set
     "Number of dimensions whose mean varies by at least `threshold` over the data."
     return int((mu.var(0) >= threshold).sum())
 
-# %% ../../nbs/42_latents.ipynb #b8030fc9
+# %% ../../nbs/42_latents.ipynb #b6ec1902
 @torch.no_grad()
 def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
                seed:int=0, limit:int=2000)->dict:
@@ -36,7 +36,6 @@ def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
     eps = torch.randn(mu.shape, generator=new_generator(seed, 'rate', device=mu.device), device=mu.device, dtype=torch.double)
     z = mu + (0.5*logvar).exp()*eps; c = 0.5*math.log(2*math.pi)
     own = (-0.5*eps.square() - 0.5*logvar - c).sum(1); prior = (-0.5*z.square() - c).sum(1)
-    log_q = lambda b: torch.logsumexp((-0.5*((b[:, None] - mu)**2/logvar.exp() + logvar) - c).sum(2), 1)
     w = (-logvar).exp()                                # squared distances by matrix products: an N x N x D tensor would be slow
     far = z.square() @ w.T - 2*z @ (mu*w).T + (mu.square()*w + logvar).sum(1)
     agg = torch.logsumexp(-0.5*far - mu.shape[1]*c, 1) - math.log(n)
