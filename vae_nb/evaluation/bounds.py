@@ -28,35 +28,39 @@ def measure_nelbo(vae:VAE, x:Tensor, # (N, H, W) data on the model's device
         res |= {name: v.mean().item(), f'{name}_se': (v.std()/len(v)**0.5).item() if len(v) > 1 else math.nan}
     return res | dict(kl_per_dim=kl.mean(0).tolist(), examples=len(x))
 
-# %% ../../nbs/40_bounds.ipynb #e5b355fe
+# %% ../../nbs/40_bounds.ipynb #afa094af
 @torch.no_grad()
 def log_weights(vae:VAE, x:Tensor, # (B, H, W)
-                K:int, gen, chunk:int)->Tensor: # (B, K) nats
+                K:int, gen, chunk:int,
+                log_prior=None # (B, D) codes -> (B,) nats; default: the standard normal
+               )->Tensor:      # (B, K) nats
     "log p(x|z) + log p(z) - log q(z|x) for K draws of each example, `chunk` draws of the batch at a time."
-    mu, logvar = vae.encode(x); sd = (0.5*logvar).exp(); out = []
+    draw, out, c = vae.infer(x), [], 0.5*math.log(2*math.pi)
     for k in range(0, K, chunk):
         n = min(chunk, K - k)
-        eps = torch.randn(n, *mu.shape, generator=gen, device=x.device); z = mu + sd*eps
+        eps = torch.randn(n, len(x), vae.latent_dim, generator=gen, device=x.device); z, _, logvar = draw(eps)
         nll = vae.likelihood.nll(vae.decode(z.flatten(0, 1)), x.expand(n, *x.shape).flatten(0, 1)).view(n, -1)
-        out.append(-nll + 0.5*(eps.square() - z.square() + logvar).sum(-1))       # the two normalising constants cancel
+        lp = (-0.5*z.square() - c).sum(-1) if log_prior is None else log_prior(z.flatten(0, 1)).view(n, -1)
+        out.append(-nll + lp + (0.5*eps.square() + 0.5*logvar + c).sum(-1))
     return torch.cat(out).T
 
-# %% ../../nbs/40_bounds.ipynb #6d51e159
+# %% ../../nbs/40_bounds.ipynb #75453653
 def iwae(vae:VAE, x:Tensor,     # (N, H, W) data on the model's device
          K:int=100,             # importance samples; the number is a bound for this K
          seed:int=0,
-         budget:int=2**26,      # cells decoded at once: what fits the memory
+         budget:int=2**26,      # numbers decoded at once: what fits the memory
+         log_prior=None,        # another prior than the standard normal: (B, D) codes -> (B,) nats
          progress:bool=False)->dict:
     """Importance-weighted bound on -log p(x) in nats: `nll` with its standard error over examples, and the effective sample size
     (`ess`, mean and median)."""
     if K < 1: raise UserError(f"K is {K}: importance sampling needs at least one draw.")
-    gen, cells = new_generator(seed, 'iwae', device=x.device), x[0].numel()*vae.likelihood.n_params
+    gen, cells = new_generator(seed, 'iwae', device=x.device), vae.size**2*vae.likelihood.n_params
     batch = max(1, min(len(x), 1024, budget//cells)); chunk = max(1, min(K, budget//(cells*batch)))
     parts = x.split(batch)
     if progress:
         from tqdm.auto import tqdm
         parts = tqdm(parts, desc=f'IWAE-{K}')
-    lw = torch.cat([log_weights(vae, b, K, gen, chunk) for b in parts]).double()
+    lw = torch.cat([log_weights(vae, b, K, gen, chunk, log_prior) for b in parts]).double()
     ll = torch.logsumexp(lw, 1) - math.log(K); ess = torch.exp(2*torch.logsumexp(lw, 1) - torch.logsumexp(2*lw, 1))
     return dict(nll=-ll.mean().item(), nll_se=(ll.std()/len(ll)**0.5).item() if len(ll) > 1 else math.nan,
                 ess=ess.mean().item(), ess_median=ess.median().item(), K=K, examples=len(x))

@@ -45,7 +45,7 @@ def plot_curves(steps, epochs, axs, label=None, floor=None):
     if floor: axs[2].axhline(floor, color='k', ls=':', lw=1)
     return axs
 
-# %% ../../nbs/43_galleries.ipynb #22facbfc
+# %% ../../nbs/43_galleries.ipynb #48c8c306
 def plot_rate_distortion(points, # list of dict(rate, distortion, label, group)
                          floor,  # source entropy in nats
                          ax, baseline=None):
@@ -55,7 +55,8 @@ def plot_rate_distortion(points, # list of dict(rate, distortion, label, group)
     for g, c, m in zip(groups, colours, 'os^Dv<>'):
         own = sorted((p for p in points if p.get('group', '') == g), key=lambda p: p['rate'])
         ax.plot([p['rate'] for p in own], [p['distortion'] for p in own], m + '-', color=c, label=g or None, ms=5, lw=1)
-        for p in own: ax.annotate(p['label'], (p['rate'], p['distortion']), xytext=(4, 3), textcoords='offset points', fontsize=6)
+        for p in own: ax.annotate(p['label'], (p['rate'], p['distortion']), xytext=(4, 3), textcoords='offset points', fontsize=6,
+                                  annotation_clip=True).set_in_layout(False)      # a label outside the axes must not take their room
     r = np.linspace(0, floor, 50); ax.plot(r, floor - r, 'k-', lw=1); ax.fill_between(r, 0, floor - r, color='0.9', lw=0)
     ax.text(floor*.05, floor*.25, 'impossible', fontsize=6, color='0.35')
     if baseline:

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/42_latents.ipynb #2f2d1be9
+# %% ../../nbs/42_latents.ipynb #465cf4af
 from ..core import new_generator
-from ..models.vae import VAE, reparameterise
+from ..models.vae import VAE
 
 # %% ../../nbs/42_latents.ipynb #5bfb626d
 @torch.no_grad()
@@ -42,13 +42,13 @@ def rate_split(mu:Tensor, logvar:Tensor, # (N, D) posteriors
     return dict(rate=(own - prior).mean().item(), mutual_information=(own - agg).mean().item(),
                 marginal_kl=(agg - prior).mean().item(), ceiling=math.log(n))
 
-# %% ../../nbs/42_latents.ipynb #0049b644
+# %% ../../nbs/42_latents.ipynb #ff044e00
 @torch.no_grad()
 def shuffled_nll(vae:VAE, x:Tensor, seed:int=0, batch_size:int=1000)->dict:
     "Distortion with the own code (`own`), with another example's (`shuffled`), and their difference, `heard`, in nats."
     gen = new_generator(seed, 'shuffle', device=x.device); own = other = 0.
     for b in x.tensor_split(max(1, -(-len(x)//batch_size))):         # even parts: none has a single example
-        mu, logvar = vae.encode(b); z = reparameterise(mu, logvar, torch.randn(mu.shape, generator=gen, device=b.device))
+        z = vae.infer(b)(torch.randn(len(b), vae.latent_dim, generator=gen, device=b.device))[0]
         own += vae.likelihood.nll(vae.decode(z), b).sum().item()
         other += vae.likelihood.nll(vae.decode(z.roll(1, 0)), b).sum().item()
     return dict(own=own/len(x), shuffled=other/len(x), heard=(other - own)/len(x))

@@ -13,17 +13,22 @@ from torch.nn import functional as F
 # %% ../../nbs/20_likelihoods.ipynb #2031a430
 from ..core import UserError, check_choice
 
-# %% ../../nbs/20_likelihoods.ipynb #fb11730e
+# %% ../../nbs/20_likelihoods.ipynb #84f35ea4
 class Likelihood(nn.Module):
     "Base class: subclasses define `n_channels_in`, `n_params`, `check`, `embed`, `nll_cells`, `mean`, `mode` and `sample`."
     n_channels_in: int
     n_params: int
+    discrete = True    # a probability of values that can be counted; False: a density
+    binary = False     # the values are 0 and 1
 
     def nll(self, params:Tensor, # (B, n_params, H, W) from the decoder
             x:Tensor             # (B, H, W) data
            )->Tensor:            # (B,) nats
         "Negative log-likelihood of each example in nats, summed over its cells."
         return self.nll_cells(params, x).flatten(1).sum(1)
+
+    def picture(self, params): return self.mode(params)     # what one shows of a prediction,
+    def as_picture(self, x): return x                       # and of the data
 
 # %% ../../nbs/20_likelihoods.ipynb #588cb657
 class Categorical(Likelihood):

@@ -42,7 +42,7 @@ class Terms:
     @property
     def nelbo(self): return self.nll + self.kl.sum(1)
 
-# %% ../../nbs/22_vae.ipynb #bbec8ea0
+# %% ../../nbs/22_vae.ipynb #a5baf528
 logvar_range = (-16., 4.)
 
 class VAE(nn.Module):
@@ -64,27 +64,32 @@ class VAE(nn.Module):
 
     def decode(self, z): return self.decoder(z).float()    # (B, D) -> (B, n_params, H, W)
 
-# %% ../../nbs/22_vae.ipynb #3fc3b6b9
+    def infer(self, x):                                # look at x once, then draw codes for it as often as wanted
+        "A function of standard normal noise, (..., B, D), that returns a posterior draw and its mean and log-variance."
+        mu, logvar = self.encode(x)
+        return lambda noise: (reparameterise(mu, logvar, noise), mu, logvar)
+
+# %% ../../nbs/22_vae.ipynb #49d97a6e
 def terms(self:VAE, x:Tensor,     # (B, H, W) data
           noise:Tensor=None,      # (B, D) standard normal; default: drawn from `generator`
           generator=None)->Terms:
     "One-draw estimate of the bound's parts."
-    mu, logvar = self.encode(x)
-    if noise is None: noise = torch.randn(mu.shape, generator=generator, device=mu.device)
-    params = self.decode(reparameterise(mu, logvar, noise))
+    if noise is None: noise = torch.randn(len(x), self.latent_dim, generator=generator, device=x.device)
+    z, mu, logvar = self.infer(x)(noise)
+    params = self.decode(z)
     cells = self.likelihood.nll_cells(params, x)
     return Terms(cells.flatten(1).sum(1), gaussian_kl(mu, logvar), cells, mu, logvar, params)
 VAE.forward = VAE.terms = terms
 
-# %% ../../nbs/22_vae.ipynb #dcb11154
+# %% ../../nbs/22_vae.ipynb #ba9f8b5e
 @torch.no_grad()
 def reconstruct(self:VAE, x:Tensor,
                 generator=None # draw the code; default: its mean
                )->Tensor:      # (B, H, W) the most probable picture given the code
     "The decoder's mode at the posterior mean, or at a posterior draw if a generator is given."
-    mu, logvar = self.encode(x)
-    if generator is not None: mu = reparameterise(mu, logvar, torch.randn(mu.shape, generator=generator, device=mu.device))
-    return self.likelihood.mode(self.decode(mu))
+    z = self.encode(x)[0]
+    if generator is not None: z = self.infer(x)(torch.randn(z.shape, generator=generator, device=z.device))[0]
+    return self.likelihood.mode(self.decode(z))
 VAE.reconstruct = reconstruct
 
 # %% ../../nbs/22_vae.ipynb #05051e34

@@ -15,31 +15,40 @@ from ..core import UserError, check_choice
 from ..data.grids import ARC_COLORS
 from .config import TrainConfig
 
-# %% ../../nbs/32_tracking.ipynb #af7c3a72
+# %% ../../nbs/32_tracking.ipynb #3b048f67
 def run_name(c:TrainConfig)->str:
     "The tracker's run name: the configured one, or from data and beta, e.g. `simplified-dataset-beta0-capacity-validation`."
-    data = '-'.join(Path(c.data_path).stem.split('_')[:2])
-    return c.run_name or f'{data}-beta{c.beta_max:g}-capacity-validation'
+    return c.run_name or f"{_data_name(c)}-beta{c.beta_max:g}{'-capacity-validation' if c.data == 'grids' else ''}"
+
+def _data_name(c): return '-'.join(Path(c.data_path).stem.split('_')[:2]) if c.data in ('grids', 'images') else c.data.replace('_', '-')
 
 def run_tags(c:TrainConfig)->list:
     "The tracker's tags: the configured ones, or from data and beta."
     if c.tags: return [t.strip() for t in c.tags.split(',')]
-    return ['-'.join(Path(c.data_path).stem.split('_')[:2]), 'capacity-validation'] + ['beta-disabled']*(c.beta_max == 0)
+    return [_data_name(c)] + ['capacity-validation']*(c.data == 'grids') + ['beta-disabled']*(c.beta_max == 0)
 
-# %% ../../nbs/32_tracking.ipynb #f7c6369c
-def picture(x, pred,      # (N, H, W) symbols
+# %% ../../nbs/32_tracking.ipynb #d702df37
+def _photos(x, pred, scale):
+    row = lambda p: np.concatenate([np.pad(a, ((0, 1), (0, 1), (0, 0)), constant_values=255) for a in
+                                    np.asarray(p.cpu()).transpose(0, 2, 3, 1).repeat(3 if p.shape[1] == 1 else 1, -1)], axis=1)
+    return np.concatenate([row(x), row(pred)]).repeat(max(1, scale//2), 0).repeat(max(1, scale//2), 1)
+
+def picture(x, pred,      # (N, H, W) symbols, or (N, C, H, W) pictures 0..255
             n=16, scale=4)->np.ndarray: # (H', W', 3) uint8
-    "Two rows of grids in ARC's colours: the first `n` true ones, and their reconstructions."
+    "Two rows: the first `n` true grids in ARC's colours (or pictures), and their reconstructions."
+    if x.ndim == 4: return _photos(x[:n], pred[:n], scale)
     rgb = np.array([[int(h[i:i+2], 16) for i in (1, 3, 5)] for h in ARC_COLORS], dtype=np.uint8)
     row = lambda g: np.concatenate([np.pad(a, ((0, 1), (0, 1), (0, 0)), constant_values=255) for a in rgb[np.asarray(g[:n].cpu())]], axis=1)
     return np.concatenate([row(x), row(pred)]).repeat(scale, 0).repeat(scale, 1)
 
-# %% ../../nbs/32_tracking.ipynb #81809448
+# %% ../../nbs/32_tracking.ipynb #bdeb881d
 def tracker_scores(v:dict)->dict:
-    "Validation scores under the names the brief asks for; recall of each colour as `per_class_accuracy/k`."
+    "Validation scores under the names the brief asks for; recall of each colour as `per_class_accuracy/k`; `psnr` of pictures."
+    common = dict(reconstruction_loss=v['nll'], kl_divergence=v['kl'], nelbo=v['nelbo'])
+    if 'psnr' in v: return common | dict(psnr=v['psnr'])
     per = {f'per_class_accuracy/{k}': r for k, r in enumerate(v['per_class_accuracy']) if r == r}
-    return dict(pixel_accuracy=v['pixel_accuracy'], reconstruction_loss=v['nll'], kl_divergence=v['kl'], nelbo=v['nelbo'],
-                non_background_accuracy=v['non_background_accuracy'], exact_match=v['exact_match'], **per)
+    return dict(pixel_accuracy=v['pixel_accuracy'], **common, non_background_accuracy=v['non_background_accuracy'],
+                exact_match=v['exact_match'], **per)
 
 # %% ../../nbs/32_tracking.ipynb #9d9ca4b2
 class WandbTracker:
