@@ -9,28 +9,32 @@ __all__ = ['train_folder', 'train']
 import json
 from pathlib import Path
 
-# %% ../nbs/91_train.ipynb #380cb11b
+# %% ../nbs/91_train.ipynb #1895aa1d
 from .core import hash_package, hash_text, load_settings
 from .training.config import TrainConfig
-from .training.trainer import find_data, fit
+from .training.signals import score_text
+from .training.trainer import find_data, fit, load_data
 
-# %% ../nbs/91_train.ipynb #0b80ddef
-def train_folder(config:TrainConfig)->Path:
+# %% ../nbs/91_train.ipynb #1aa463c6
+def train_folder(config:TrainConfig,
+                 data=None # an ImageDataset; default: the grids' file
+                )->Path:
     "`runs/train/KEY`: the key stands for the configuration, the data's bytes and the package source."
-    data = find_data(config.data_path)
-    return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), data.read_bytes(), hash_package())
+    content = [find_data(config.data_path).read_bytes()] if data is None else [getattr(data, k).numpy().tobytes() for k in ('train', 'val')]
+    return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), *content, hash_package())
 
-# %% ../nbs/91_train.ipynb #17449013
+# %% ../nbs/91_train.ipynb #107a4f27
 def train(config:TrainConfig=None, # everything that shapes the run; default: TrainConfig()
           out:Path=None            # the run folder; default: runs/train/KEY
          )->Path:                  # the run folder, complete
     "Train a VAE on a data set. The same command again continues an interrupted run, and returns a finished one at once."
-    config = config or TrainConfig(); folder = Path(out) if out else train_folder(config)
+    config = config or TrainConfig(); data = None if config.data == 'grids' else load_data(config)
+    folder = Path(out) if out else train_folder(config, data)
     if not (folder/'metrics.json').exists(): print(f'Training into {folder}', flush=True)
-    r = fit(config, folder)
+    r = fit(config, folder, data); what = 'grid' if config.data == 'grids' else 'picture'
+    known = '' if data else f", accuracy {r['pixel_accuracy']:.2%} where background alone gives {r['background_share']:.2%}"
     print(f"Ended by {r['status']} after {r['epochs']:.4g} epochs ({r['seconds']:.0f} s). Validation of the kept weights: "
-          f"NELBO {r['nelbo']:.2f} nats a grid (nll {r['nll']:.2f}, kl {r['kl']:.2f}), exact grids {r['exact_match']:.1%}, "
-          f"accuracy {r['pixel_accuracy']:.2%} where background alone gives {r['background_share']:.2%}.")
+          f"NELBO {r['nelbo']:.2f} nats a {what} (nll {r['nll']:.2f}, kl {r['kl']:.2f}), {score_text(r)}{known}.")
     return folder
 
 # %% ../nbs/91_train.ipynb #678b3262
