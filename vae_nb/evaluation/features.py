@@ -82,10 +82,11 @@ def freeze(net:FeatureNet, x:Tensor)->FeatureNet:
     net.shift.copy_(f.mean(0)); net.scale.copy_(1/f.std(0).clamp(min=1e-6))
     return net
 
-# %% ../../nbs/44_features.ipynb #d3975d51
+# %% ../../nbs/44_features.ipynb #8af72d33
 def check_pictures(x:Tensor, what:str='pictures')->Tensor:
     "Raises `UserError` unless `x` is (N, C, H, W) uint8 with C = 1 or 3 and square, and not a set of 0/1 values."
-    if not torch.is_tensor(x) or x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3] or not len(x):
+    ok = torch.is_tensor(x) and x.dtype == torch.uint8 and x.ndim == 4 and len(x) and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3]
+    if not ok:
         got = f'{x.dtype} of shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
         raise UserError(f"The {what} are {got}; uint8 of shape (N, 1 or 3, side, side) is needed: round to 0..255 first.")
     if int(x.max()) == 1: raise UserError(f"The {what} hold only 0 and 1: multiply binary pictures by 255.")
@@ -96,7 +97,8 @@ def features_of(net:nn.Module, x:Tensor, batch_size:int=1000)->Tensor: # (N, 64)
     "Features of `uint8` pictures, batch by batch, on the device of the network and in full float32."
     check_pictures(x); device = next(net.parameters()).device
     if (x.shape[1], x.shape[2]) != (net.channels, net.side):
-        raise UserError(f"The features are for {net.channels} x {net.side} x {net.side} pictures, these are {' x '.join(map(str, x.shape[1:]))}.")
+        here = ' x '.join(map(str, x.shape[1:]))
+        raise UserError(f"The features {net.name} are for {net.channels} x {net.side} x {net.side} pictures, these are {here}.")
     with torch.backends.cudnn.flags(allow_tf32=False):
         return torch.cat([net(b.to(device)).float().cpu() for b in x.split(batch_size)])
 
