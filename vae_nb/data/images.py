@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'IMAGE_SIZES', 'BINARISE', 'ImageDataset', 'image_grid', 'show_images', 'load_images', 'draw_binary',
-           'flip_images', 'binarise_images']
+           'binarise_images', 'flip_images']
 
 # %% ../../nbs/15_images.ipynb #acac6896
 import io, os, socket, tarfile, zlib
@@ -64,7 +64,7 @@ def image_grid(x,       # (N, C, H, W) uint8
         out[i*(h+gap):i*(h+gap)+h, j*(w+gap):j*(w+gap)+w] = a
     return out if c == 3 else out[..., 0]
 
-# %% ../../nbs/15_images.ipynb #8d83aa78
+# %% ../../nbs/15_images.ipynb #5a117aa5
 def show_images(x,       # (N, C, H, W) uint8
                 ncols=8, # pictures in a row
                 ax=None, # axes to draw on; default: a new figure
@@ -74,8 +74,8 @@ def show_images(x,       # (N, C, H, W) uint8
     grid = image_grid(x, ncols)
     if ax is None:
         side = size/x.shape[-1]
-        with plt.rc_context({'figure.constrained_layout.use': False}):
-            ax = plt.figure(figsize=(grid.shape[1]*side, grid.shape[0]*side)).add_axes([0, 0, 1, 1])
+        fig = plt.figure(figsize=(grid.shape[1]*side, grid.shape[0]*side), layout='none')   # the sheet fills it
+        ax = fig.add_axes([0, 0, 1, 1])
     ax.imshow(grid, cmap='gray', vmin=0, vmax=255, interpolation='nearest'); ax.set_axis_off()
     if title: ax.set_title(title, fontsize=9)
     return ax
@@ -100,16 +100,16 @@ def _split_hash(plan, names)->str:
     "Twelve digits that change if any picture moves to another part; `names` of the files, where pictures have some."
     return hash_text(*[t for k, (part, i) in plan.items() for t in (f'{k} from {part}', i.numpy().astype('<i8').tobytes())], *names)
 
-# %% ../../nbs/15_images.ipynb #8281c21f
+# %% ../../nbs/15_images.ipynb #0a4ef41e
 def _square(im,       # a PIL image
             size,     # side of the result
             crop=None # side of the square in the middle to keep; default: the largest
            )->np.ndarray: # (size, size) or (size, size, 3) uint8
     (w, h), side = im.size, crop or min(im.size)
     if side > min(w, h): raise ValueError(f"it is {w} x {h}, too small for a crop of {side}")
-    if (w, h) != (size, size):
-        im = im.resize((size, size), Image.Resampling.BILINEAR, box=((w-side)/2, (h-side)/2, (w+side)/2, (h+side)/2))
-    return np.asarray(im)
+    l, t = (w-side)//2, (h-side)//2
+    if (w, h) != (side, side): im = im.crop((l, t, l+side, t+side))   # before resizing, or the filter would reach beyond the square
+    return np.asarray(im if side == size else im.resize((size, size), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/15_images.ipynb #17a7bdca
 def _plain(im):
@@ -168,10 +168,11 @@ def _walk(path:Path)->dict:
             if (name := _picture_name(p.relative_to(path).as_posix())): found[name] = p
     return found
 
-# %% ../../nbs/15_images.ipynb #f9b91df6
+# %% ../../nbs/15_images.ipynb #2e591f2a
 _tar_errors = (tarfile.TarError, OSError, EOFError, zlib.error)
 
-def _cut_short(path, e): return UserError(f"The tar {path} is damaged or was cut short ({e}): copy or download it again.")
+def _cut_short(path, e):
+    return UserError(f"The tar {path} is damaged or was cut short ({str(e).partition(chr(10))[0].rstrip(': ')}): copy or download it again.")
 
 def _tar_members(path:Path)->dict:
     "Name (as parts) -> (tar, member), of all pictures in a tar."
@@ -240,7 +241,7 @@ def _sort_parts(path, found)->dict:
     if odd: raise UserError(f"{path} has train and test, but also {'/'.join(odd[0])}: move such pictures into one of both, or out.")
     return {k: {n[depth+1:]: found[n] for n in names if n[depth] == k} for k in ('train', 'test')}
 
-# %% ../../nbs/15_images.ipynb #04fe7c10
+# %% ../../nbs/15_images.ipynb #af56d371
 def _from_files(root, download=False)->_Source:
     "A folder or tar of pictures."
     parts = _sort_parts(root, _listing(root)); sizes = {k: len(v) for k, v in parts.items()}; total = sum(sizes.values())
@@ -254,7 +255,8 @@ def _from_files(root, download=False)->_Source:
     places = {k: list(v.values()) for k, v in parts.items()}
     def read(part, i, size): return _decode_all(_open_each([places[part][j] for j in i.tolist()]), len(i), size)
     return _Source(sizes, read, labels, classes, own=False, names=tuple(f'{k}/{"/".join(n)}' for k, v in parts.items() for n in v),
-        meta=dict(source=f'pictures in {root.name}', resized="largest square in the middle, resized (bilinear, antialiased; big JPEGs decoded at a lower scale)"))
+        meta=dict(source=f'pictures in {root.name}',
+                  resized='largest square in the middle, resized (bilinear, antialiased; big JPEGs decoded at a lower scale)'))
 
 # %% ../../nbs/15_images.ipynb #b03c4132
 @contextmanager
@@ -264,19 +266,20 @@ def _patience(seconds=10):
     try: yield
     finally: socket.setdefaulttimeout(before)
 
-# %% ../../nbs/15_images.ipynb #283651d9
+# %% ../../nbs/15_images.ipynb #b9dbb2bc
 def _fetch(make, files, name, download, hint=''):
     "The torchvision sets that `make(download)` gives, if the `files` are there or can be downloaded."
     missing = [f for f in files if not f.exists()]
-    where = f"put {', '.join(f.name for f in files)} into {files[0].parent}{hint}"
-    if missing and not download: raise UserError(f"{name} is not complete: {missing[0]} is missing. Download it (download=True), or {where}.")
+    home, where = files[0].parent, f"put {', '.join(f.name for f in files)} into {files[0].parent}{hint}"
+    if missing and not download:
+        raise UserError(f"{name} is not complete: {missing[0]} is missing. Download it (download=True), or {where}.")
     try:
         with _patience(): return make(bool(missing))
-    except Exception as e:
-        if isinstance(e, MemoryError): raise
-        why = ' '.join(str(e).split())
+    except MemoryError: raise
+    except Exception as e:   # network, disk, checksums, unpacking
+        why = ' '.join(str(e).split()).rstrip('.')
         if missing: raise UserError(f"{name} could not be downloaded ({why}). Is there a network? Otherwise {where}.") from None
-        raise UserError(f"{name} in {files[0].parent} cannot be read ({why}): delete its files, so that they are downloaded again.") from None
+        raise UserError(f"{name} in {home} cannot be read ({why}): delete its files, and they are downloaded again.") from None
 
 # %% ../../nbs/15_images.ipynb #c83d67e7
 def _check_idx(path:Path):
@@ -304,16 +307,19 @@ def _from_arrays(name, train, test, labels, classes, url)->_Source:
     return _Source({k: len(v) for k, v in data.items()}, lambda part, i, size: _resize(data[part][i], size), labels, list(classes),
                    dict(source=f'{name} ({url})', resized=f'from {side}x{side} where that is not its side (bilinear, antialiased)'))
 
-# %% ../../nbs/15_images.ipynb #79cb3eb5
+# %% ../../nbs/15_images.ipynb #3b6c1e3f
 def _fashion_mnist(root, download)->_Source:
     from torchvision.datasets import FashionMNIST
-    files = [root/'FashionMNIST'/'raw'/f'{k}-ubyte' for k in ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1')]
+    home, kinds = root/'FashionMNIST'/'raw', ('images-idx3', 'labels-idx1')
+    files = [home/f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in kinds]
     for f in files:
         if f.exists(): _check_idx(f)
-    sets = _fetch(lambda d: [FashionMNIST(root, train=t, download=d) for t in (True, False)], files, 'Fashion-MNIST', download, ' (unpacked)')
+    make = lambda d: [FashionMNIST(root, train=t, download=d) for t in (True, False)]
+    sets = _fetch(make, files, 'Fashion-MNIST', download, ' (unpacked)')
     for s, f in zip(sets, files[::2]):
         if s.data.shape[1:] != (28, 28) or len(s.data) != len(s.targets):
-            raise UserError(f"The data file {f} holds {tuple(s.data.shape)} pixels for {len(s.targets)} labels: delete it and download it again.")
+            raise UserError(f"The data file {f} holds pictures {tuple(s.data.shape)} and {len(s.targets)} labels, not as many pictures of "
+                            "28 x 28 as labels: delete it and download it again.")
     train, test = (s.data[:, None] for s in sets)
     return _from_arrays('Fashion-MNIST', train, test, dict(train=sets[0].targets, test=sets[1].targets), sets[0].classes,
                         'Zalando Research, arXiv:1708.07747')
@@ -350,14 +356,16 @@ def _celeba64(root, download)->_Source:
     return _Source({k: len(v) for k, v in places.items()}, read, {}, [], dict(source='CelebA, aligned and cropped (Liu et al. 2015)',
                    crop=140, resized='square of 140 in the middle, resized (bilinear, antialiased)'))
 
-# %% ../../nbs/15_images.ipynb #9ff4a7e4
-_sources = dict(fashion_mnist=(_fashion_mnist, 28, 10_000), cifar10=(_cifar10, 32, 5_000), celeba64=(_celeba64, 64, None), images=(_from_files, 32, None))
+# %% ../../nbs/15_images.ipynb #11aa0845
+_sources = dict(fashion_mnist=(_fashion_mnist, 28, 10_000), cifar10=(_cifar10, 32, 5_000),   # reader, side, validation pictures
+                celeba64=(_celeba64, 64, None), images=(_from_files, 32, None))
 
 def _whole(name, value, least=0):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least: raise UserError(f"{name} {value!r} is not a whole number from {least}.")
-    return value
+    "Raise `UserError` unless `value` is a whole number from `least`."
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} {value!r} is not a whole number from {least}.")
 
-# %% ../../nbs/15_images.ipynb #bf050fe5
+# %% ../../nbs/15_images.ipynb #093fbe6a
 def load_images(name,          # one of `IMAGE_SETS`
                 path=None,     # images: the folder or .tar; else the folder where data sets lie (default: the settings')
                 size=0,        # side in pixels: 16, 28, 32 or 64; 0: the set's own (28, 32, 64; 32 for images)
@@ -368,11 +376,13 @@ def load_images(name,          # one of `IMAGE_SETS`
                )->ImageDataset:
     "Read a set of images. Raises `UserError` naming the file and what to do about it."
     find, own_size, own_val = _sources[check_choice("Image set", name, IMAGE_SETS)]
-    if size not in (0, *IMAGE_SIZES): raise UserError(f"size {size!r} is not supported: images have a side of {', '.join(map(str, IMAGE_SIZES))} (0: the set's own).")
-    seed, limit, size = check_seed(split_seed), _whole('limit', limit), size or own_size
+    if size not in (0, *IMAGE_SIZES):
+        raise UserError(f"size {size!r} is not supported: the side is {', '.join(map(str, IMAGE_SIZES))}, or 0 for the set's own.")
+    seed, size = check_seed(split_seed), size or own_size
+    _whole('limit', limit)
     if val_size is not None: _whole('val_size', val_size, 1)
     if name == 'images' and not path: raise UserError("The set 'images' needs a path: name a folder or a .tar of pictures.")
-    if name == 'celeba64' and val_size: raise UserError(f"val_size {val_size} is not for celeba64, which has its own validation set: leave it out.")
+    if name == 'celeba64' and val_size: raise UserError(f"val_size {val_size} is not for celeba64, which has its own: leave it out.")
     src = find(Path(path or load_settings().data).expanduser(), download)
     plan = _plan(src.sizes, src.own, val_size or own_val, seed, limit)
     x = {k: src.read(part, i, size) for k, (part, i) in plan.items()}
@@ -383,27 +393,24 @@ def load_images(name,          # one of `IMAGE_SETS`
                 test="the set's own" if 'test' in src.sizes else 'a tenth, drawn', split_hash=_split_hash(plan, src.names), binarise='none')
     return ImageDataset(*(x[k] for k in SPLITS), labels, src.classes, meta, name)
 
-# %% ../../nbs/15_images.ipynb #1aca66ff
-def draw_binary(x,             # (..., ) uint8, 0 to 255
+# %% ../../nbs/15_images.ipynb #ae0b0d8a
+def draw_binary(x,             # uint8 from 0 to 255, any shape
                 generator=None # torch.Generator on the device of x
-               )->torch.Tensor: # uint8, 0 or 1, same shape
+               )->torch.Tensor: # uint8, 0 or 1, the same shape
     "Each pixel drawn afresh: 1 with probability x/255."
     return torch.bernoulli(x.float()/255, generator=generator).to(torch.uint8)
 
-# %% ../../nbs/15_images.ipynb #706d1333
-def flip_images(x, generator=None)->torch.Tensor:
-    "Each picture of (B, C, H, W) flipped left to right with probability one half."
-    heads = torch.rand(len(x), generator=generator, device=x.device) < .5
-    return torch.where(heads[:, None, None, None], x.flip(-1), x)
-
-# %% ../../nbs/15_images.ipynb #17e7dd4f
+# %% ../../nbs/15_images.ipynb #13b552ab
 BINARISE = ('none', 'static', 'dynamic', 'threshold')
 
-def binarise_images(ds:ImageDataset, how='dynamic')->ImageDataset:
-    "Pixels 0 or 1. dynamic: val and test are drawn once, train stays grey for `draw_binary` at each step."
+def binarise_images(ds:ImageDataset,
+                    how='dynamic' # one of `BINARISE`
+                   )->ImageDataset: # with pixels 0 and 1
+    "Black and white. static: all parts are drawn once; dynamic: val and test are, and train stays for `draw_binary` at each step."
     check_choice("Binarisation", how, BINARISE)
     if how == 'none': return ds
-    if (was := ds.meta.get('binarise', 'none')) != 'none': raise UserError(f"The set {ds.name!r} is binarised already ({was}): load it again.")
+    if (was := ds.meta.get('binarise', 'none')) != 'none':
+        raise UserError(f"The set {ds.name!r} is binarised already ({was}): load it again.")
     rng = np.random.RandomState(777)
     draw = lambda x: torch.from_numpy(np.concatenate([rng.binomial(1, p.numpy()/255.).astype(np.uint8) for p in x.split(1000)]))
     if how == 'threshold': parts = {k: (getattr(ds, k) > 127).to(torch.uint8) for k in SPLITS}
@@ -411,3 +418,11 @@ def binarise_images(ds:ImageDataset, how='dynamic')->ImageDataset:
         parts = dict(val=draw(ds.val), test=draw(ds.test))    # in this order
         parts['train'] = draw(ds.train) if how == 'static' else ds.train
     return replace(ds, **parts, meta=ds.meta | dict(binarise=how))
+
+# %% ../../nbs/15_images.ipynb #fc2b58dc
+def flip_images(x,             # (B, C, H, W)
+                generator=None # torch.Generator on the device of x
+               )->torch.Tensor: # the same shape
+    "Each picture flipped left to right with probability one half."
+    heads = torch.rand(len(x), generator=generator, device=x.device) < .5
+    return torch.where(heads[:, None, None, None], x.flip(-1), x)
