@@ -296,7 +296,8 @@ def test_small_fashion_mnist(tmp_path):
 @pytest.mark.parametrize('part', ['train', 't10k'])
 @pytest.mark.parametrize('kind', ['images-idx3', 'labels-idx1'])
 def test_damaged_idx_files(tmp_path, part, kind):
-    raw, *_ = write_fashion(tmp_path); f = raw/f'{part}-{kind}-ubyte'; whole = f.read_bytes(); bad = dict(name='fashion_mnist', path=tmp_path, val_size=10)
+    raw, *_ = write_fashion(tmp_path); f = raw/f'{part}-{kind}-ubyte'
+    whole = f.read_bytes(); bad = dict(name='fashion_mnist', path=tmp_path, val_size=10)
     for n in (5, 9, len(whole)//2, len(whole)-1): f.write_bytes(whole[:n]); refused(f, 'cut short', **bad)
     for junk in (b'', b'<html>404</html>', b'\x1f\x8b\x08' + bytes(100)): f.write_bytes(junk); refused(f, 'not an IDX file', **bad)
     f.unlink(); refused(f, 'is missing', 'put train-images', download=False, **bad)
@@ -392,7 +393,8 @@ network_errors = [urllib.error.URLError('Name or service not known'), socket.tim
                   urllib.error.HTTPError('http://x', 503, 'Service Unavailable', None, None)]
 
 @pytest.mark.parametrize('error', network_errors, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize('name, file', dict(fashion_mnist='train-images-idx3-ubyte', cifar10='data_batch_1', celeba64='img_align_celeba').items())
+@pytest.mark.parametrize('name, file', [('fashion_mnist', 'train-images-idx3-ubyte'), ('cifar10', 'data_batch_1'),
+                                        ('celeba64', 'img_align_celeba')])
 def test_without_a_network(tmp_path, monkeypatch, name, file, error):
     calls = []
     def fails(*a, **k): calls.append(socket.getdefaulttimeout()); raise error

@@ -168,11 +168,12 @@ def _walk(path:Path)->dict:
             if (name := _picture_name(p.relative_to(path).as_posix())): found[name] = p
     return found
 
-# %% ../../nbs/15_images.ipynb #2e591f2a
+# %% ../../nbs/15_images.ipynb #3cbc75d9
 _tar_errors = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 def _cut_short(path, e):
-    return UserError(f"The tar {path} is damaged or was cut short ({str(e).partition(chr(10))[0].rstrip(': ')}): copy or download it again.")
+    why = str(e).partition('\n')[0].rstrip(': ')
+    return UserError(f"The tar {path} is damaged or was cut short ({why}): copy or download it again.")
 
 def _tar_members(path:Path)->dict:
     "Name (as parts) -> (tar, member), of all pictures in a tar."
@@ -180,6 +181,7 @@ def _tar_members(path:Path)->dict:
         with tarfile.open(path) as tar:
             members = tar.getmembers(); tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512): raise EOFError("its end is missing")
+            while tar.fileobj.read(2**20): pass   # a compressed one has its checksum at the very end
     except PermissionError as e: raise UserError(f"The tar {path} cannot be read ({e.strerror}): fix its permissions.") from None
     except _tar_errors as e: raise _cut_short(path, e) from None
     return {name: (path, m) for m in members if (m.isfile() or m.islnk() or m.issym()) and (name := _picture_name(m.name))}
