@@ -32,12 +32,12 @@ def gaussian_distance(mu1:Tensor, cov1:Tensor, mu2:Tensor, cov2:Tensor)->float:
     cross = torch.linalg.svdvals(square_root(cov1.double()) @ square_root(cov2.double())).sum()
     return max(0., ((mu1 - mu2).double().square().sum() + cov1.trace() + cov2.trace() - 2*cross).item())
 
-# %% ../../nbs/45_image_metrics.ipynb #ac91dc55
+# %% ../../nbs/45_image_metrics.ipynb #e5f900dc
 def check_features(*sets):
     "Raises `UserError` unless all are finite (N, D) with the same D and N > D: a covariance needs more pictures than features."
     for f in sets:
         n, D = (*f.shape, 0)[:2]
-        if f.ndim != 2 or D != sets[0].shape[1]: raise UserError(f"Features must be (N, D) with one D, not {[tuple(s.shape) for s in sets]}.")
+        if f.ndim != 2 or D != sets[0].shape[1]: raise UserError(f"Features must be (N, D) with one D, not {[(*s.shape,) for s in sets]}.")
         if n <= D: raise UserError(f"{n} pictures are too few for {D} features: take more than {D}, better {10*D}.")
         if not f.isfinite().all(): raise UserError("Some features are not finite: the pictures or the network are broken.")
 
