@@ -333,12 +333,12 @@ def _gallery(kind, signals, ref, order, n, pictures, references):
         if f['reason'] != 'nothing unusual': f['hypothesis'] += f"; said of {f['common']:.1%} of all {kind}s"
     return out[:n]
 
-# %% ../../nbs/46_image_galleries.ipynb #91f12272
+# %% ../../nbs/46_image_galleries.ipynb #b18775f8
 def show_image_failures(failures:list, # from `image_failures`
                         ncols:int=4, size:float=.8): # inches a picture
     "Each failure as reference and picture side by side, its hypothesis below; returns the axes."
     rows = max(1, -(-len(failures)//ncols))
-    texts = ['\n'.join(textwrap.wrap(f['hypothesis'], int(27*(2*size + .35)))) for f in failures]
+    texts = ['\n'.join(textwrap.wrap(f['hypothesis'], int(24*(2*size + .35)))) for f in failures]
     wide = 2*size + .35; high = wide/2 + .3 + .09*max([t.count('\n') + 1 for t in texts], default=0)
     fig, axs = plt.subplots(rows, ncols, figsize=(wide*ncols, high*rows), squeeze=False)
     for a in axs.ravel(): a.axis('off')
