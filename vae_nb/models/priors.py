@@ -194,9 +194,9 @@ class VampPseudo(VampPrior):
     label = property(lambda self: f"posteriors of {len(self.means)} pseudo-inputs, learned after training, encoder frozen")
     n_parameters = property(lambda self: self.pseudo.numel())
 
-# %% ../../nbs/26_priors.ipynb #6285f06f
+# %% ../../nbs/26_priors.ipynb #29fdfffe
 def fit_vamp(vae:VAE, x:Tensor,    # the trained model; (N, ...) training data on its device
-             K:int=100, seed:int=0, steps:int=200, batch_size:int=500, lr:float=0.02)->VampPseudo:
+             K:int=100, seed:int=0, steps:int=200, batch_size:int=500, lr:float=0.01)->VampPseudo:
     "Pseudo-inputs started at training pictures and trained through the frozen encoder on E_q[log p(z)]."
     if type(vae).encode is not VAE.encode: raise UserError("Pseudo-inputs need a posterior that is one Gaussian: use vamp for this model.")
     with torch.no_grad(): mu, logvar = (torch.cat(p) for p in zip(*map(vae.encode, x.split(1000))))
