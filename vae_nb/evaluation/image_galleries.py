@@ -156,12 +156,13 @@ def blur_ratio(samples, data)->float:
     fine = lambda p: band_rms(radial_spectrum(p), p.shape[-1])['fine'].square().mean().item()
     return fine(samples)/max(fine(data), 1e-12)
 
-# %% ../../nbs/46_image_galleries.ipynb #205870d7
+# %% ../../nbs/46_image_galleries.ipynb #824fba52
 def plot_spectra(sets:dict, # {label: (N, C, H, W) uint8 pictures}
                  ax):
     "Mean power of each ring on a log axis, without ring 0 (the brightness); returns `ax`."
     for (label, p), mark in zip(sets.items(), 'osv^Dx+*'*len(sets)):
-        s = radial_spectrum(p).mean(0)[1:p.shape[-1]//2 + 1].cpu(); ax.semilogy(range(1, len(s) + 1), s, mark + '-', ms=2.5, lw=1, label=label)
+        s = radial_spectrum(p).mean(0)[1:p.shape[-1]//2 + 1].cpu()
+        ax.semilogy(range(1, len(s) + 1), s, mark + '-', ms=2.5, lw=1, label=label)
     ax.set(xlabel='cycles a picture', ylabel='power', xticks=range(0, len(s) + 1, 2)); ax.legend(fontsize=6); return ax
 
 # %% ../../nbs/46_image_galleries.ipynb #29f0dac8
