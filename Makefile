@@ -2,6 +2,7 @@
 # make report-all   quick profile of every experiment, and the report from them
 # make test         the notebooks' own tests, then pytest
 # make check        is the package what the notebooks export, are they clean, lint
+# make peers        pythae in its own environment, for the comparisons in benchmarks/ (SHARE_TORCH=1: without a second torch)
 # make lab          JupyterLab
 # make clean        remove the environment and caches; results, runs and data stay
 
@@ -14,7 +15,7 @@ STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env report report-all test lab check clean
+.PHONY: help env report report-all test peers lab check clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -53,6 +54,10 @@ test: $(STAMP)
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
 
+# ---- other libraries, to compare with ----
+peers: $(STAMP)
+	$(BIN)/python benchmarks/peers/environment.py $(if $(SHARE_TORCH),--share-torch)
+
 lab: $(STAMP)
 	$(BIN)/jupyter lab
 
@@ -71,5 +76,5 @@ check: $(STAMP)
 	$(BIN)/ruff check nbs experiments tests
 
 clean:
-	rm -rf .venv .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv benchmarks/peers/.venv .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,15 +1,22 @@
 """Training speed: examples a second of the capacity network by precision and torch.compile, and what the signals cost.
 
     python benchmarks/train.py [--device cpu] [--steps 60] [--width 32] [--depth 0] [--batch-size 64] [--threads 2]
+    python benchmarks/train.py --images                  # black and white Fashion-MNIST, here and in pythae: make peers
 
 Each row is timed in alternating rounds with the first, so that a busy machine hurts all rows alike; medians are printed.
+
+With --images a round is one pass over `steps` batches of the same pictures through the same network (flat code) on both sides:
+here `Trainer.step` with its signals, averaged weights, clipping and schedule; in pythae `BaseTrainer.train_step`, with Adam and its
+loader without workers, in a process of its own that waits while the other side is timed. On a CPU with one thread and with two.
 """
-import argparse, statistics, tempfile, time
+import argparse, contextlib, os, statistics, tempfile, time
 
-import torch
+import numpy as np, torch
 
-from vae_nb.core import pick_device
+from vae_nb.core import UserError, hardware, pick_device
 from vae_nb.data.datasets import make_dataset
+from vae_nb.data.images import binarise_images, load_images
+from vae_nb.models.networks import count_parameters
 from vae_nb.runs import EventLog, markdown_table
 from vae_nb.training.config import TrainConfig
 from vae_nb.training.signals import SignalBuffer
@@ -23,10 +30,10 @@ class Silent:
     def restart(self): pass
 
 
-def trainer(a, data, folder, signals=True, **changes):
+def trainer(a, dataset, folder, signals=True, **changes):
     c = TrainConfig(width=a.width, depth=a.depth, hidden=a.hidden, batch_size=a.batch_size, device=a.device,
                     focal_gamma=0, class_weights='none', **changes)
-    tr = Trainer(c, folder, data, 'none'); tr.log = EventLog(f'{folder}/events.jsonl')
+    tr = Trainer(c, folder, dataset, 'none'); tr.log = EventLog(f'{folder}/events.jsonl')
     tr.signals = SignalBuffer(tr.log, c.latent_dim, tr.device) if signals else Silent()
     return tr
 
@@ -35,17 +42,71 @@ def seconds(tr, steps):
     order = torch.randperm(len(tr.train), device=tr.device); n = tr.c.batch_size
     if tr.device.type == 'cuda': torch.cuda.synchronize()
     t = time.perf_counter()
-    for i in range(steps): tr.step(order[(i*n) % (len(order) - n):][:n])
+    for i in range(steps): tr.step(order[(i*n) % max(1, len(order) - n):][:n])
     if tr.device.type == 'cuda': torch.cuda.synchronize()
     return (time.perf_counter() - t)/steps
 
 
+def describe(dev, versions):
+    h = hardware(dev); gpu = [h['gpu']] if h['gpu'] else []
+    return '; '.join([*gpu, f"{h['cpu']}, {h['cores']} cores", *(f'{k} {v}' for k, v in versions.items()),
+                      'load {:.1f} {:.1f} {:.1f}'.format(*os.getloadavg())])
+
+
+def images(a, dev):
+    "Pictures a second here and in pythae: same pictures, network and batch; prints both and their ratio."
+    from peers.environment import Peer
+    data = {k: binarise_images(load_images('fashion_mnist', limit=a.steps*a.batch_size), k) for k in ('static', 'dynamic')}
+    n = len(data['static'].train); steps = -(-n//a.batch_size)
+    kinds = {'float32': dict(precision='float32')} | ({'bfloat16': dict(precision='bfloat16')} if dev.type == 'cuda' else {})
+    if not a.no_compile: kinds |= {f'{k}, compiled': dict(v, compile=True) for k, v in kinds.items()}
+    threads = [a.threads] if a.threads else [1, 2][:hardware()['cores']] if dev.type == 'cpu' else [torch.get_num_threads()]
+    shape = ('width', 'depth', 'hidden', 'latent_dim', 'batch_size')
+    rows, lr, usual = [], TrainConfig().lr, torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as d, contextlib.ExitStack() as stack:
+        np.savez(f'{d}/arrays.npz', train=data['dynamic'].train.numpy(), static=data['static'].train.numpy())
+        options = [x for k in shape for x in ('--' + k.replace('_', '-'), getattr(a, k))]
+        peer = stack.enter_context(Peer('time', '--data', f'{d}/arrays.npz', '--lr', lr, '--scratch', d, *options, device=dev))
+        for t in threads:
+            torch.set_num_threads(t); torch.compiler.reset()
+            for how, ds in data.items():
+                ours = {k: trainer(a, ds, f'{d}/{t}-{how}-{i}', data='fashion_mnist', binarise=how, latent_dim=a.latent_dim, code='flat',
+                                   lr=lr, **v) for i, (k, v) in enumerate(kinds.items())}
+                if (own := count_parameters(ours['float32'].vae)) != peer.hello['parameters']:
+                    raise UserError(f"The networks differ: {own:,} parameters here, {peer.hello['parameters']:,} in pythae.")
+                sides = {'pythae': lambda how=how, t=t: peer.ask(dynamic=how == 'dynamic', threads=t)['seconds']/n}
+                sides |= {k: (lambda tr=tr: seconds(tr, steps)*steps/n) for k, tr in ours.items()}
+                times = {k: [] for k in sides}
+                for r in range(a.rounds + 1):                          # the first round warms up, and compiles
+                    for k in list(sides)[::-1 if r % 2 else 1]:
+                        time.sleep(0.05); times[k].append(sides[k]())
+                times = {k: v[1:] for k, v in times.items()}; med = {k: statistics.median(v) for k, v in times.items()}
+                for k in ours:
+                    ratio = [x/y for x, y in zip(times['pythae'], times[k])]
+                    rows.append({'threads': t, 'pixels drawn': 'once' if how == 'static' else 'at every step', 'here': k,
+                                 'vae_nb, images/s': round(1/med[k]), 'pythae, images/s': round(1/med['pythae']),
+                                 'ratio': statistics.median(ratio), 'lowest': min(ratio), 'highest': max(ratio)})
+        torch.set_num_threads(usual); versions = peer.hello['versions']
+    versions = {'torch': torch.__version__} | {f'pythae {versions["pythae"]} on torch': versions['torch']}
+    print(f'{describe(dev, versions)}\nFashion-MNIST, black and white; width {a.width}, depth {a.depth}, hidden {a.hidden}, latent_dim '
+          f'{a.latent_dim}, flat code: {own:,} parameters on both sides; batch {a.batch_size}, {a.rounds} rounds of {steps} steps\n')
+    print(markdown_table(rows, digits=3))
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(steps=60, rounds=7, width=32, depth=0, hidden=256, batch_size=64, threads=0).items():
         p.add_argument('--' + name.replace('_', '-'), type=int, default=default)
     p.add_argument('--device', default='auto'); p.add_argument('--no-compile', action='store_true')
-    a = p.parse_args(); dev = pick_device(a.device)
+    p.add_argument('--images', action='store_true', help='pictures a second here and in pythae, and their ratio')
+    p.add_argument('--latent-dim', type=int, default=40, help='of the network of --images')
+    a = p.parse_args()
+    if min(a.steps, a.rounds, a.batch_size) < 1: p.error('--steps, --rounds and --batch-size must be at least 1')
+    if a.images and a.steps*a.batch_size > 50_000: p.error('a round takes --steps x --batch-size pictures, and there are 50,000')
+    try:
+        dev = pick_device(a.device)
+        if a.images: return images(a, dev)
+    except UserError as e: p.error(str(e))
     if a.threads: torch.set_num_threads(a.threads)
     data = make_dataset('simplified', 10_000, seed=0)
     kinds = {'float32': dict(precision='float32'), 'float32, no signals': dict(precision='float32', signals=False),
