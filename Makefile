@@ -1,4 +1,4 @@
-# make report       quick profile of the main experiment, and the report from it
+# make report       quick profile of the main experiments, and the report from them
 # make report-all   quick profile of every experiment, and the report from them
 # make test         the notebooks' own tests, then pytest
 # make check        is the package what the notebooks export, are they clean, lint
@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 PROFILE ?= quick
-MAIN ?= experiments/capacity.ipynb
+MAIN ?= experiments/capacity.ipynb experiments/fashion_mnist.ipynb
 EXPERIMENTS = $(wildcard experiments/*.ipynb)
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -37,7 +37,7 @@ run_and_promote = run=$$($(BIN)/vae-nb run $(1) --profile $(PROFILE)) && $(BIN)/
 render = files=$$($(BIN)/vae-nb report) && printf '\nThe report is rendered:\n' && printf '  %s\n' $$files
 
 report: $(STAMP)
-	@$(call run_and_promote,$(MAIN))
+	@for nb in $(MAIN); do $(call run_and_promote,$$nb) || exit 1; done
 	@$(render)
 
 report-all: $(STAMP)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import nbformat, pytest
 
-from vae_nb.core import read_json
+from vae_nb.core import load_settings, read_json
 from vae_nb.runs import load_profiles, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT/'experiments').glob('*.ipynb'))
+NEEDS_PICTURES, PICTURES = ('fashion_mnist', 'stability'), load_settings().data/'FashionMNIST'/'raw'
 ENV = {k: v for k, v in os.environ.items() if k != 'VAE_NB_RUN'} | dict(OMP_NUM_THREADS='1')
 
 
@@ -34,6 +35,8 @@ def tool(root, *args):
 @pytest.fixture(scope='module', params=EXPERIMENTS, ids=lambda p: p.stem)
 def ran(request, tmp_path_factory):
     "An experiment run by `vae-nb run` at toy size with seed 7: its notebook, the project folder and the run folder."
+    if request.param.stem in NEEDS_PICTURES and not PICTURES.exists():
+        pytest.skip(f'{request.param.stem} needs Fashion-MNIST in the data folder (VAE_NB_DATA), and downloads are not for tests')
     root = toy_root(tmp_path_factory.mktemp('project')); nb = request.param
     p = tool(root, 'run', f'experiments/{nb.name}', '--profile', 'tiny', '--seed', '7'); assert p.returncode == 0, p.stderr
     (run,) = (root/'runs'/nb.stem).iterdir()

@@ -36,9 +36,9 @@ def make_run(project, seed=0, profile='quick', finish=True, params=None):
     if finish: run.finish(accuracy=0.97531)
     return run.path
 
-def page(project, text=PAGE):
+def page(project, text=PAGE, name='index'):
     cell = nbformat.v4.new_markdown_cell(text); cell['id'] = 'cell0'
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), project.root/'nbs'/'index.ipynb')
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), project.root/'nbs'/f'{name}.ipynb')
 
 @pytest.fixture
 def toy(project):
@@ -120,3 +120,19 @@ def test_the_projects_own_page_is_rendered_and_current():
     strip = lambda t: re.sub(r' · made by [^·<]*; code has changed since| \(older code\)', '', t)    # these come with each edit
     fresh = f'{readme_mark}\n\n{page_markdown(s, read_promoted(s), s.root)}'
     assert strip(text) == strip(fresh), 'README.md is not current: run vae-nb report'
+
+
+def test_a_page_of_its_own_is_printed_short_and_stands_in_the_readme_too(toy):
+    "Short: one line of origin for the whole page. In the README each figure and table has its own."
+    promote(make_run(toy)); page(toy, '# Front\n\n{{page short}}')
+    page(toy, '# Short\n\n## Part\n\n{{table toy.quick result}}\n\n{{figure toy.quick curve}}\n\n{{provenance toy.quick}}', 'page_short')
+    files = {p.name: p for p in report()}; text = files['README.md'].read_text()
+    assert '## Short' in text and '### Part' in text and text.count('profile quick, seed 0') == 3
+    html = files['short.html'].read_text()
+    assert html.count('profile quick, seed 0') == 1 and 'toy' in html and 'data:image/png;base64' in html
+    assert not find_chromium() or files['short.pdf'].read_bytes().startswith(b'%PDF')
+
+
+def test_a_short_page_must_say_where_its_numbers_come_from(toy):
+    promote(make_run(toy)); page(toy, '{{table toy.quick result}}', 'page_short')
+    with pytest.raises(UserError, match='its numbers would name no run'): report(pdf=False)
