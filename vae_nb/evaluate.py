@@ -71,8 +71,8 @@ def evaluate_grids(run, vae, data, x, draws, draw_examples, seed):
             f"{res['active_units']} active units.")
     return dict(metrics=res), evaluation_figures(run, vae, x, seed), said
 
-# %% ../nbs/92_evaluate.ipynb #b0b503d3
-def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, prior, out):
+# %% ../nbs/92_evaluate.ipynb #6d771e96
+def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, prior, labels, out):
     "Metrics, sample distances, figures and a sentence for a model of pictures."
     res = measure_images(vae, x, draws, draw_examples, seed, progress=True)
     fitted = fitted_priors(vae, data.train, [prior], seed) if prior != 'none' else {}
@@ -83,13 +83,13 @@ def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, pr
         rows = four_columns(vae, x, fitted, net=net, n=samples, seed=seed, train=as_seen(vae, data.train[:len(x)], seed))
     best = next(iter(fitted.values()), None); res |= {f'blur_{k}': v for k, v in blur(vae, x[:1000], best, seed).items()}
     steps, epochs = (read_events(Path(run)/'events.jsonl', k) for k in ('step', 'epoch'))
-    set_style(); figs = image_figures(vae, data, x[:2000], best, net, epochs, steps, seed)
+    set_style(); figs = image_figures(vae, data, x[:2000], best, net, labels, epochs, steps, seed)
     said = f"NELBO {res['nelbo']:.2f} ± {res['nelbo_se']:.2f} nats a picture, {res['bits_per_dim']:.3f} bits/dim, "
     said += f"PSNR {res['psnr']:.1f} dB, {res['active_units']} active units."
     if rows: said += '\n' + markdown_table(rows, columns=['pictures', 'features', 'fd', 'kd', 'precision', 'recall', 'density', 'coverage'])
     return dict(metrics=res, samples=rows), figs, said
 
-# %% ../nbs/92_evaluate.ipynb #146b905b
+# %% ../nbs/92_evaluate.ipynb #9f002e95
 def evaluate(run:Path,               # folder of a training run
              data_path:str='',       # another data set of the same kind than the one it was trained on
              split:str='test',       # train, val or test
@@ -115,8 +115,9 @@ def evaluate(run:Path,               # folder of a training run
     if x.shape[-1] != vae.size:
         raise UserError(f"The data are {x.shape[-1]} cells wide, the network in {run} takes {vae.size}: evaluate it on its own data.")
     if split == 'train': x = as_seen(vae, x, seed) if x.ndim == 4 else x
+    labels = getattr(data, 'labels', {}).get(split); labels = labels[:len(x)] if labels is not None else None
     vae.likelihood.check(x); out = Path(out) if out else run/'evaluation'; args = (run, vae, data, x.to(dev), draws, draw_examples, seed)
-    res, figs, said = evaluate_grids(*args) if x.ndim == 3 else evaluate_pictures(*args, samples, prior, out)
+    res, figs, said = evaluate_grids(*args) if x.ndim == 3 else evaluate_pictures(*args, samples, prior, labels, out)
     for name, fig in figs.items():
         with atomic_write(out/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', metadata={'Software': None})
         plt.close(fig)

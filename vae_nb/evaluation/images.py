@@ -64,9 +64,10 @@ def fitted_priors(vae:VAE, train, names, seed:int=0, limit:int=20_000)->dict: # 
     mu, logvar = posterior_means(vae, as_seen(vae, train[:limit], seed))
     return {n: fit_prior(n, mu, logvar, seed) for n in names}
 
-# %% ../../nbs/47_image_evaluation.ipynb #1ec0929a
+# %% ../../nbs/47_image_evaluation.ipynb #b94003da
 def image_figures(vae:VAE, data:ImageDataset, x, # the data set, and test examples as the likelihood takes them
                   prior=None, net=None,          # a fitted prior and the features' network, where there are any
+                  labels=None,                   # classes of `x`, for the failures
                   epochs=(), steps=(), seed:int=0)->dict: # name: figure
     "Reconstructions, samples, interpolations, traversals, neighbours, spectra, rates, failures and, given a run's events, curves."
     lik, figs = vae.likelihood, {}; train = as_seen(vae, data.train[:5000], seed); features = None
@@ -86,8 +87,7 @@ def image_figures(vae:VAE, data:ImageDataset, x, # the data set, and test exampl
                   'samples': decode_pictures(vae, draw_prior(vae, 1000, prior, seed))}, ax)
     figs['rates'], ax = plt.subplots(figsize=(4, 2)); plot_kl_per_dim(measure_nelbo(vae, x[:1000], seed, 500)['kl_per_dim'], ax)
     if len(x) >= 100:
-        labels, train_labels = data.labels.get('test'), data.labels.get('train')
-        if labels is not None: labels, train_labels = labels[:len(x)], train_labels[:len(train)]
+        train_labels = data.labels['train'][:len(train)] if labels is not None else None
         found = image_failures(vae, x, train, labels, train_labels, prior=prior, features=features, seed=seed, limit=1000)
         figs['failures'] = show_image_failures(found)[0, 0].figure
     if epochs: figs['curves'], axs = plt.subplots(1, 3, figsize=(8, 2)); plot_curves(steps, epochs, axs)
