@@ -106,7 +106,7 @@ def main():
     try:
         dev = pick_device(a.device)
         if a.images: return images(a, dev)
-    except UserError as e: p.error(str(e))
+    except UserError as e: p.exit(2, f'{e}\n')
     if a.threads: torch.set_num_threads(a.threads)
     data = make_dataset('simplified', 10_000, seed=0)
     kinds = {'float32': dict(precision='float32'), 'float32, no signals': dict(precision='float32', signals=False),

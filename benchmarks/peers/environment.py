@@ -73,7 +73,8 @@ class Peer:
         if not line:
             self.process.wait()
             said = [l for l in self.log.read_text().splitlines() if l.strip()]
-            raise UserError(f"pythae ended with {self.process.returncode} ({said[-1][:200] if said else 'it said nothing'}): see {self.log}.")
+            last = said[-1][:200] if said else 'it said nothing'
+            raise UserError(f"pythae ended with {self.process.returncode} ({last}): see {self.log}.")
         return json.loads(line)
 
     def ask(self, **request):
@@ -92,10 +93,10 @@ class Peer:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--share-torch', action='store_true', help='see the packages of the running environment instead of installing torch again')
+    p.add_argument('--share-torch', action='store_true', help='see the packages of the running environment: no second torch')
     a = p.parse_args()
     try: python = make_environment(a.share_torch)
-    except UserError as e: p.error(str(e))
+    except UserError as e: p.exit(2, f'{e}\n')
     print(python)
 
 

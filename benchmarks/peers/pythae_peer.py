@@ -140,8 +140,9 @@ def samples_of(model, name, a, x):
         own = model.encoder(model.pseudo_inputs(model.idle_input.to(model.device)).reshape(-1, 1, a.size, a.size))
         priors |= {'vamp/mu': own.embedding, 'vamp/logvar': own.log_covariance}
     else:
-        gmm = GaussianMixtureSampler(model); gmm.fit(x.to(gmm.device)); found['gmm'] = gmm.sample(a.samples); g = gmm.gmm
-        priors |= {f'gmm/{k}': torch.as_tensor(v) for k, v in dict(weights=g.weights_, means=g.means_, precisions=g.precisions_cholesky_).items()}
+        gmm = GaussianMixtureSampler(model); gmm.fit(x.to(gmm.device)); found['gmm'] = gmm.sample(a.samples)
+        fitted = dict(weights=gmm.gmm.weights_, means=gmm.gmm.means_, precisions=gmm.gmm.precisions_cholesky_)
+        priors |= {f'gmm/{k}': torch.as_tensor(v) for k, v in fitted.items()}
     return found, priors
 
 
@@ -153,10 +154,11 @@ def train(a, arrays, say):
         pipeline = TrainingPipeline(model, training_config(a, out, a.model, a.epochs))
         pipeline(data, as_dataset(arrays['val']), callbacks=[history])
     seconds = time.perf_counter() - start
-    model = pipeline.trainer._best_model.eval(); losses = [float(v) for v in history.history['eval_epoch_loss']]
+    model = pipeline.trainer._best_model.eval(); losses = [float(v) for v in history.history['eval_loss']]
     x = torch.bernoulli(data.data) if a.dynamic else data.data
     found, priors = samples_of(model, a.model, a, x)
-    shown = x[:16].to(model.device); res = {f'weights/{k}': v for k, v in model.state_dict().items() if k.split('.')[0] in ('encoder', 'decoder')}
+    weights = {k: v for k, v in model.state_dict().items() if k.split('.')[0] in ('encoder', 'decoder')}
+    shown = x[:16].to(model.device); res = {f'weights/{k}': v for k, v in weights.items()}
     res |= {f'samples/{k}': v for k, v in found.items()} | {f'priors/{k}': v for k, v in priors.items()}
     with torch.no_grad():                                   # what the network makes of a few pictures: the other side must get the same
         mu = model.encoder(shown).embedding
