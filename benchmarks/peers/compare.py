@@ -8,8 +8,9 @@ sides (the parameter counts are compared, and so is what it computes from the sa
 of vae_nb's AdamW with a cosine over the epochs, the training pictures drawn anew at every step, its own best model on the validation
 set and its own samplers. Its trained weights are then read into a vae_nb network, so that one function measures every likelihood:
 IWAE-K and the NELBO (IWAE-1) on the test set, under the prior named in the row. RAE-L2 has no likelihood. pythae's VAMP sampler draws
-with the tanh of the prior's log-variances; its likelihood is that of the prior as trained. Distances are those of vae_nb, with `--pixels
-mean` (the decoder's probabilities as grey levels) or `drawn` (black and white draws), against black and white test pictures.
+with the tanh of the prior's log-variances; its likelihood is that of the prior as trained. Distances are those of vae_nb, against black
+and white test pictures, with `--pixels drawn` (black and white draws from every decoder's probabilities, like against like) or `mean`
+(the probabilities as grey levels: smoother, but another kind of picture than the test set's).
 """
 import argparse, time
 from pathlib import Path
@@ -132,7 +133,8 @@ class Judge:
 def compare(a):
     device = pick_device(a.device); out = Path(a.out or load_settings().runs/'peers'/utc_now().replace(':', ''))
     out.mkdir(parents=True, exist_ok=True)
-    if (out/'vae_nb').exists(): raise UserError(f"{out} holds a comparison already: choose another folder, or delete that one.")
+    if (out/'arrays.npz').exists():
+        raise UserError(f"{out} holds a comparison already: choose another folder, or delete that one.")
     data = binarise_images(load_images('fashion_mnist'), 'dynamic')
     cut = lambda x, n: x[:n] if n else x
     data.train, data.val, data.test = cut(data.train, a.train_limit), cut(data.val, a.test_limit), cut(data.test, a.test_limit)
@@ -177,7 +179,7 @@ def main():
     p.add_argument('--models', nargs='+', default=['vae_nb', *PEERS], choices=['vae_nb', *PEERS])
     p.add_argument('--priors', nargs='*', default=['gmm', 'flow'], choices=('gmm', 'vamp', 'flow', 'two_stage'),
                    help="fitted to vae_nb's codes")
-    p.add_argument('--pixels', default='mean', choices=('mean', 'drawn'), help='what the distances look at')
+    p.add_argument('--pixels', default='drawn', choices=('mean', 'drawn'), help='what the distances look at')
     p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help="another field of vae_nb's training configuration")
     p.add_argument('--device', default='auto')
     p.add_argument('--out', help='folder for weights, samples and results.json; default: below runs/peers')
