@@ -12,6 +12,7 @@ loader without workers, in a process of its own that waits while the other side 
 import argparse, contextlib, os, statistics, tempfile, time
 
 import numpy as np, torch
+from tqdm import tqdm
 
 from vae_nb.core import UserError, hardware, pick_device
 from vae_nb.data.datasets import make_dataset
@@ -77,7 +78,8 @@ def images(a, dev):
                 sides = {'pythae': lambda how=how, t=t: peer.ask(dynamic=how == 'dynamic', threads=t)['seconds']/n}
                 sides |= {k: (lambda tr=tr: seconds(tr, steps)*steps/n) for k, tr in ours.items()}
                 times = {k: [] for k in sides}
-                for r in range(a.rounds + 1):                          # the first round warms up, and compiles
+                about = f"{t} thread{'s'*(t > 1)}, pixels drawn {'once' if how == 'static' else 'at every step'}"
+                for r in tqdm(range(a.rounds + 1), desc=about, leave=False, disable=None):     # the first round warms up, and compiles
                     for k in list(sides)[::-1 if r % 2 else 1]:
                         time.sleep(0.05); times[k].append(sides[k]())
                 times = {k: v[1:] for k, v in times.items()}; med = {k: statistics.median(v) for k, v in times.items()}

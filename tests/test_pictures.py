@@ -46,14 +46,16 @@ def test_one_command_trains_on_a_folder_and_another_says_what_came_out(pictures,
 def test_a_tar_of_the_same_pictures_gives_the_same_weights(pictures, tmp_path):
     with tarfile.open(tmp_path/'mine.tar', 'w') as t: t.add(pictures, 'mine')
     for name, path in dict(folder=pictures, tar=tmp_path/'mine.tar').items():
-        p = subprocess.run(train(path, tmp_path/name, '--epochs', '1'), env=ENV, capture_output=True, text=True); assert p.returncode == 0, p.stderr
+        p = subprocess.run(train(path, tmp_path/name, '--epochs', '1'), env=ENV, capture_output=True, text=True)
+        assert p.returncode == 0, p.stderr
     a, b = (load_file(tmp_path/n/'checkpoint'/'best.safetensors') for n in ('folder', 'tar'))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize('extra', [
     ['--binarise', 'dynamic', '--augment', 'flip'],                                       # pixels and flips are drawn at every step
-    ['--likelihood', 'gaussian', '--sigma', 'optimal', '--network', 'hierarchical', '--latent-channels', '1']], ids=['binary', 'hierarchical'])
+    ['--likelihood', 'gaussian', '--sigma', 'optimal', '--network', 'hierarchical', '--latent-channels', '1']],
+    ids=['binary', 'hierarchical'])
 def test_killed_and_continued_gives_the_same_weights(pictures, tmp_path, extra):
     whole = train(pictures, tmp_path/'whole', '--checkpoint-minutes', '5', *extra)
     killed = train(pictures, tmp_path/'killed', '--checkpoint-minutes', '0', *extra)

@@ -47,14 +47,13 @@ def measure(vae:VAE, data:GridDataset, # the data set the model was trained on
         res |= {f'iwae_{K}': r['nll'], f'iwae_{K}_se': r['nll_se'], f'iwae_{K}_ess': r['ess'], 'inference_gap': own - r['nll']}
     return res
 
-# %% ../nbs/92_evaluate.ipynb #f95153ba
+# %% ../nbs/92_evaluate.ipynb #14605fc6
 def evaluation_figures(run, vae:VAE, x, seed:int=0)->dict: # name: figure
     "Reconstructions, samples, failures, colours, rates and, if the run has a log, curves."
     set_style(); pred = reconstruct_all(vae, x); sc = reconstruction_scores(vae, x, pred); c = lambda t: t.cpu()
     figs = dict(reconstructions=show_pairs(c(x[:12]), c(pred[:12]))[0, 0].figure)
     samples = vae.sample(32, new_generator(seed, 'samples', device=x.device))
-    with plt.rc_context({'figure.constrained_layout.use': False}):         # show_grids sets its own margins
-        figs['samples'] = show_grids(c(samples), ncols=16, size=.7)[0].figure
+    figs['samples'] = show_grids(c(samples), ncols=16, size=.7)[0].figure
     figs['failures'] = show_failures(c(x), c(pred), failure_gallery(vae, x, 16, pred))[0, 0].figure
     figs['colours'], ax = plt.subplots(figsize=(5, 2)); plot_colours(dict(true=sc['true_share'], predicted=sc['predicted_share']), ax)
     figs['rates'], ax = plt.subplots(figsize=(4, 2)); plot_kl_per_dim(measure_nelbo(vae, x, seed)['kl_per_dim'], ax)

@@ -127,7 +127,8 @@ class Judge:
         d = self.ceiling if samples is None else self.distances(samples, who + prior_name)
         return {'model': who, 'codes from': prior_name, f'IWAE-{self.a.K}, nats': lik.get('nll'), '± se': lik.get('se'),
                 'ESS': lik.get('ess'), 'NELBO, nats': lik.get('nelbo'), self.net.name: d['fd'],
-                **{k: d[k] for k in ('precision', 'recall', 'density', 'coverage')}, 'best epoch': r.get('best_epoch'), 'training, s': r.get('seconds')}
+                **{k: d[k] for k in ('precision', 'recall', 'density', 'coverage')},
+                'best epoch': r.get('best_epoch'), 'training, s': r.get('seconds')}
 
 
 def compare(a):

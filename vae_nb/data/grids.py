@@ -65,7 +65,7 @@ def show_grid(grid,       # one grid
     if title is not None: ax.set_title(title, fontsize=8, pad=3)
     return ax
 
-# %% ../../nbs/10_grids.ipynb #748d85bc
+# %% ../../nbs/10_grids.ipynb #029c2e05
 def show_grids(grids,       # a stack (N, H, W) or a list of grids, of any sizes
                ncols=8,     # grids in a row
                titles=None, # one text per grid, or None
@@ -77,8 +77,8 @@ def show_grids(grids,       # a stack (N, H, W) or a list of grids, of any sizes
     n = len(grids)
     if axs is None:
         nrows, height = -(-n//ncols), size + .2*(titles is not None)
-        with plt.rc_context({'figure.constrained_layout.use': False}):        # the margins below are ours
-            fig, axs = plt.subplots(nrows, min(n, ncols), figsize=(size*min(n, ncols), height*nrows), squeeze=False)
+        fig, axs = plt.subplots(nrows, min(n, ncols), figsize=(size*min(n, ncols), height*nrows), squeeze=False,
+                                layout='none')                                # the margins below are ours
         fig.subplots_adjust(.01, .01, .99, .97, .08, .08 if titles is None else .3)
     axs = np.ravel(axs)
     for i, ax in enumerate(axs):

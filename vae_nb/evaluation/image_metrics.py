@@ -7,11 +7,10 @@ __all__ = ['INCEPTION', 'moments', 'square_root', 'gaussian_distance', 'check_fe
            'radii', 'neighbourhoods', 'sample_distances', 'ceiling', 'reconstruction_quality', 'inception_fid', 'paint',
            'middles', 'code_sources', 'four_columns']
 
-# %% ../../nbs/45_image_metrics.ipynb #046def43
+# %% ../../nbs/45_image_metrics.ipynb #b7c9e94d
 from pathlib import Path
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 # %% ../../nbs/45_image_metrics.ipynb #cff9ec59
 from ..core import UserError, new_generator
@@ -83,10 +82,11 @@ def ceiling(real_a:Tensor, real_b:Tensor, k:int=5)->dict:
     "What real pictures score against other real ones (train against test): the best any model can be expected to reach at this N."
     return sample_distances(real_a, real_b, k)
 
-# %% ../../nbs/45_image_metrics.ipynb #b8d251a6
+# %% ../../nbs/45_image_metrics.ipynb #2ad1f94a
 def reconstruction_quality(x:Tensor, pred:Tensor, # (N, C, H, W) uint8, 0..255
                            batch_size:int=1000)->dict:
     "`psnr` (dB), `ssim`, root mean squared error `rmse` in grey levels, and `n`."
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure      # seconds to import
     check_pictures(x); check_pictures(pred, 'reconstructions'); psnr, ssim, mse = [], [], []
     if x.shape != pred.shape: raise UserError(f"Pictures {tuple(x.shape)} and reconstructions {tuple(pred.shape)} differ in shape.")
     for a, b in zip(x.split(batch_size), pred.split(batch_size)):
