@@ -52,7 +52,7 @@ endif
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # ---- other libraries, to compare with ----
 peers: $(STAMP)
