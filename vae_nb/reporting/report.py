@@ -206,7 +206,7 @@ blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid #ccc; col
 }
 </style>"""
 
-# %% ../../nbs/81_report.ipynb #be693cef
+# %% ../../nbs/81_report.ipynb #5c0151a1
 compact_style = """<style>
 @page { size: A4; margin: 11mm; }
 @media print {
@@ -216,6 +216,7 @@ compact_style = """<style>
   p, ul, table { margin: .35em 0; } ul { padding-left: 1.3em; }
   img { margin: .3em auto .1em; max-height: 60mm; }
   table { font-size: 6.9px; }
+  .wide { column-span: all; } .wide img { max-height: 200mm; } p:has(> strong:only-child) { margin-bottom: 0; }
   th, td { padding: .1em .35em; } sub { font-size: 6.5px; } pre { font-size: 6.8px; padding: .4em; margin: .3em 0; }
 }
 </style>"""
