@@ -266,12 +266,13 @@ def start_run(path, config, notebook=None, device=None, command=None)->Run:
     run = Run(path, config); run.log('opened')
     return run
 
-# %% ../nbs/01_runs.ipynb #1b739a73
+# %% ../nbs/01_runs.ipynb #ca45f440
 def repeat_command(notebook, params)->str:
     "The command line that repeats a run: the profile, the seed, and what differs from them."
     notebook = Path(notebook)
     usual = {n: p['default'] for n, p in notebook_parameters(notebook).items()} | load_profiles(notebook).get(params['profile'], {})
-    over = [f"-p {n} {shlex.quote(str(v))}" for n, v in params.items() if n not in ('profile', 'seed') and v != usual.get(n)]
+    text = lambda v: json.dumps(v) if isinstance(v, (list, dict)) else str(v)          # double quotes inside: no shell acrobatics
+    over = [f"-p {n} {shlex.quote(text(v))}" for n, v in params.items() if n not in ('profile', 'seed') and v != usual.get(n)]
     return ' '.join([f"vae-nb run experiments/{notebook.name} --profile {params['profile']} --seed {params['seed']}", *over])
 
 # %% ../nbs/01_runs.ipynb #60fe1a55
