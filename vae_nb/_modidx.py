@@ -294,6 +294,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vae_nb.evaluate.evaluate_grids': ('evaluate.html#evaluate_grids', 'vae_nb/evaluate.py'),
                                  'vae_nb.evaluate.evaluate_pictures': ('evaluate.html#evaluate_pictures', 'vae_nb/evaluate.py'),
                                  'vae_nb.evaluate.evaluation_figures': ('evaluate.html#evaluation_figures', 'vae_nb/evaluate.py'),
+                                 'vae_nb.evaluate.figure_index': ('evaluate.html#figure_index', 'vae_nb/evaluate.py'),
+                                 'vae_nb.evaluate.mean_picture_psnr': ('evaluate.html#mean_picture_psnr', 'vae_nb/evaluate.py'),
                                  'vae_nb.evaluate.measure': ('evaluate.html#measure', 'vae_nb/evaluate.py')},
             'vae_nb.evaluation.bounds': { 'vae_nb.evaluation.bounds.iwae': ('bounds.html#iwae', 'vae_nb/evaluation/bounds.py'),
                                           'vae_nb.evaluation.bounds.log_weights': ( 'bounds.html#log_weights',

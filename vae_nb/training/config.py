@@ -136,7 +136,7 @@ def misfit(c)->str:
         if c.data == 'images' and not c.data_path: return 'data images needs data_path: name the folder or .tar of your pictures'
     return ''
 
-# %% ../../nbs/30_config.ipynb #1ea79080
+# %% ../../nbs/30_config.ipynb #daac3db3
 def make_config(values:dict,       # field: value
                 where='the configuration' # named in errors
                )->TrainConfig:
@@ -147,7 +147,7 @@ def make_config(values:dict,       # field: value
         if err['type'] == 'extra_forbidden':
             raise UserError(f"{name!r} in {where} is unknown.{nearest(name, TrainConfig.model_fields)}") from None
         what = err['msg'].removeprefix('Value error, ').rstrip('.')
-        if not err['loc']: raise UserError(f"{where[0].upper() + where[1:]} does not work: {what}.") from None
+        if not err['loc']: raise UserError(f"{where[0].upper() + where[1:]} cannot be used together: {what}.") from None
         raise UserError(f"{name} = {err['input']!r} in {where} does not work: {what[0].lower() + what[1:]}.") from None
     except TypeError: raise UserError(f"{where} must map field names to values.") from None
 
