@@ -9,7 +9,7 @@ With --images a round is one pass over `steps` batches of the same pictures thro
 here `Trainer.step` with its signals, averaged weights, clipping and schedule; in pythae `BaseTrainer.train_step`, with Adam and its
 loader without workers, in a process of its own that waits while the other side is timed. On a CPU with one thread and with two.
 
-Measured beside pythae 0.1.2 (--images --steps 5 --batch-size 128 --no-compile; two idle cores of an AMD EPYC, torch 2.15): 1.14 and 1.28 times
+Measured beside pythae 0.1.2 (--images --steps 5 --batch-size 128 --no-compile; two idle cores of an AMD EPYC): 1.14 and 1.28 times
 its images a second on one thread, 1.23 and 1.25 times on two (pixels drawn once, and at every step).
 """
 import argparse, contextlib, os, statistics, tempfile, time
