@@ -17,9 +17,9 @@ from ..core import UserError, hash_notebook, hash_package, load_settings, read_j
 from ..runs import read_run
 from ..studies.runner import run_status, unfinished_cells
 
-# %% ../../nbs/80_promote.ipynb #4b7277f7
+# %% ../../nbs/80_promote.ipynb #7e1fb6b7
 notebook_limit = 1_000_000 # bytes of a promoted notebook
-figure_limit   =   250_000 # bytes of a promoted figure; larger ones are reduced to 256 colours
+figure_limit   =   100_000 # bytes of a promoted figure; larger ones are reduced to 256 colours
 
 def _link_figure(out, link):
     name = out.get('metadata', {}).get('filename', '')
