@@ -9,15 +9,15 @@ __all__ = ['picture_bits', 'measure_images', 'as_seen', 'fitted_priors', 'image_
 import torch
 from matplotlib import pyplot as plt
 
-# %% ../../nbs/47_image_evaluation.ipynb #93ae6b9a
+# %% ../../nbs/47_image_evaluation.ipynb #593b0718
 from ..core import new_generator
 from ..data.images import ImageDataset, draw_binary
 from .bounds import iwae, measure_nelbo
 from .galleries import plot_curves
-from .image_galleries import (blur_ratio, decode_pictures, draw_prior, image_failures, plot_spectra, posterior_means,
+from .image_galleries import (blur_ratio, draw_prior, image_failures, plot_spectra, posterior_means,
                                                show_image_failures, show_interpolations, show_neighbours, show_reconstructions,
                                                show_samples, show_traversals)
-from .image_metrics import reconstruction_quality
+from .image_metrics import paint, reconstruction_quality
 from .latents import active_units, plot_kl_per_dim, rate_split, shuffled_nll
 from ..models.pixels import bits_per_dim, dequantised_nll
 from ..models.priors import fit_prior
@@ -44,7 +44,7 @@ def measure_images(vae:VAE, x,           # (N, C, H, W) examples as the likeliho
     the rate, and IWAE-K beside the NELBO of the same examples."""
     res = measure_nelbo(vae, x, seed, 500); mu, logvar = posterior_means(vae, x)
     res['bits_per_dim'] = picture_bits(vae, x, res['nelbo'], seed)
-    res |= {k: v for k, v in reconstruction_quality(vae.likelihood.as_picture(x).cpu(), decode_pictures(vae, mu)).items() if k != 'n'}
+    res |= {k: v for k, v in reconstruction_quality(vae.likelihood.as_picture(x).cpu(), paint(vae, mu)).items() if k != 'n'}
     res |= dict(active_units=active_units(mu), heard=shuffled_nll(vae, x, seed, 500)['heard'])
     if type(vae).encode is VAE.encode: res |= {k: v for k, v in rate_split(mu, logvar, seed).items() if k != 'rate'}
     if K:
@@ -80,11 +80,11 @@ def image_figures(vae:VAE, data:ImageDataset, x, # the data set, and test exampl
     for ax, (name, p) in zip(axs[:, 0], rows): show_samples(vae, 20, p, seed, 10, ax).set_ylabel(name, fontsize=7)
     figs['interpolations'] = show_interpolations(vae, x[:4], x[4:8]).figure
     figs['traversals'] = show_traversals(vae, x[:100]).figure
-    shown = decode_pictures(vae, draw_prior(vae, 6, prior, seed))
+    shown = paint(vae, draw_prior(vae, 6, prior, seed))
     figs['neighbours'] = show_neighbours(shown, lik.as_picture(train).cpu(), 5, features, lik.as_picture(x[:500]).cpu()).figure
     figs['spectra'], ax = plt.subplots(figsize=(3.6, 2.2)); real = lik.as_picture(x[:1000]).cpu()
-    plot_spectra({'data': real, 'reconstructions': decode_pictures(vae, posterior_means(vae, x[:1000])[0]),
-                  'samples': decode_pictures(vae, draw_prior(vae, 1000, prior, seed))}, ax)
+    plot_spectra({'data': real, 'reconstructions': paint(vae, posterior_means(vae, x[:1000])[0]),
+                  'samples': paint(vae, draw_prior(vae, 1000, prior, seed))}, ax)
     figs['rates'], ax = plt.subplots(figsize=(4, 2)); plot_kl_per_dim(measure_nelbo(vae, x[:1000], seed, 500)['kl_per_dim'], ax)
     if len(x) >= 100:
         train_labels = data.labels['train'][:len(train)] if labels is not None else None
@@ -96,5 +96,5 @@ def image_figures(vae:VAE, data:ImageDataset, x, # the data set, and test exampl
 def blur(vae:VAE, x, prior=None, seed:int=0)->dict:
     "High-frequency power of reconstructions and of samples over that of the data: below 1 they are smoother."
     real = vae.likelihood.as_picture(x).cpu()
-    return dict(reconstructions=blur_ratio(decode_pictures(vae, posterior_means(vae, x)[0]), real),
-                samples=blur_ratio(decode_pictures(vae, draw_prior(vae, len(x), prior, seed)), real))
+    return dict(reconstructions=blur_ratio(paint(vae, posterior_means(vae, x)[0]), real),
+                samples=blur_ratio(paint(vae, draw_prior(vae, len(x), prior, seed)), real))

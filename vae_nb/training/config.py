@@ -100,7 +100,7 @@ class ObjectiveFields(ModelFields):
     clip_norm: float = Field(200., ge=0, description="largest gradient norm, in nats; 0 does not clip")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and kept; 0: the plain ones")
 
-# %% ../../nbs/30_config.ipynb #a0937ca4
+# %% ../../nbs/30_config.ipynb #1605b37d
 class TrainConfig(ObjectiveFields):
     "Everything that shapes a training run. Unknown names are refused, and so is what cannot work together."
     # where and how
@@ -109,6 +109,7 @@ class TrainConfig(ObjectiveFields):
     precision: Literal['auto', 'float32', 'bfloat16'] = Field('auto',
         description="of the networks; auto: bfloat16 on a GPU, float32 on a CPU")
     compile: bool = Field(False, description="torch.compile the networks")
+    cuda_graph: bool = Field(True, description="on a GPU, record a step once and replay it: the same numbers, sooner")
     max_minutes: float = Field(0., ge=0, description="end training after so many minutes, wherever it is (0: no limit)")
     checkpoint_minutes: float = Field(1., ge=0, description="minutes between checkpoints (0: at every step)")
     # tracking

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['max_nonfinite', 'find_data', 'load_data', 'find_pictures', 'Trainer', 'model_shape', 'build_vae', 'lr_at',
-           'NonFiniteError', 'save_weights', 'Interrupted', 'signals_to', 'Progress', 'audit', 'fit', 'train_command',
-           'load_vae']
+           'StepGraph', 'NonFiniteError', 'save_weights', 'Interrupted', 'signals_to', 'Progress', 'audit', 'fit',
+           'train_command', 'load_vae', 'fit_all']
 
-# %% ../../nbs/33_trainer.ipynb #313b4dcd
-import contextlib, copy, io, math, os, shutil, signal, threading, time
+# %% ../../nbs/33_trainer.ipynb #a8ee4d1d
+import contextlib, copy, io, json, math, os, shutil, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # %% ../../nbs/33_trainer.ipynb #96beb8c8
@@ -17,7 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save
 from torch import nn
 
-# %% ../../nbs/33_trainer.ipynb #5a58d42d
+# %% ../../nbs/33_trainer.ipynb #e50b54d9
 from ..core import (UserError, atomic_write, derive_seed, hash_text, load_settings, new_generator, pick_device, read_json,
                          seed_everything, to_jsonable, utc_now, write_json)
 from ..data.datasets import GridDataset, augment_grids, class_counts, load_dataset
@@ -29,7 +30,7 @@ from ..models.objective import Objective, beta_at, class_weights, settled_at
 from ..models.vae import VAE
 from ..runs import EventLog, read_events, start_run
 from .config import TrainConfig, dump_config, make_config
-from .signals import SignalBuffer, gradient_norms, score_text, validate
+from .signals import SignalBuffer, gradient_norms, score_text, signal_row, step_fields, validate
 from .tracking import Tracker, picture, tracker_scores
 
 # %% ../../nbs/33_trainer.ipynb #542b03cd
@@ -58,7 +59,7 @@ def find_pictures(path)->Path:
         if p.exists(): return p
     raise UserError(f"There are no pictures at {path}: name a folder or a .tar of pictures.")
 
-# %% ../../nbs/33_trainer.ipynb #18a5afb7
+# %% ../../nbs/33_trainer.ipynb #4dafeff5
 class Trainer:
     "Trains one VAE into one folder; `fit` is the way in."
     def __init__(self, config:TrainConfig, # everything that shapes the run
@@ -74,7 +75,7 @@ class Trainer:
         if not len(self.train) or not len(self.val): raise UserError("Training needs at least one training and one validation example.")
         self.steps_per_epoch = math.ceil(len(self.train)/config.batch_size)
         self.total_steps = self.steps_per_epoch*config.epochs
-        self.stop_signal, self.gen = None, torch.Generator(device=self.device)
+        self.stop_signal, self.graph, self.gen = None, None, torch.Generator(device=self.device)
         self.build()
 
 # %% ../../nbs/33_trainer.ipynb #17e2ba5b
@@ -139,7 +140,39 @@ def pixels(self:Trainer, x):
     if kinds: x = flip_images(x, self.gen)
     return draw_binary(x, self.gen) if self.c.binarise == 'dynamic' else x
 
-# %% ../../nbs/33_trainer.ipynb #ea43d329
+# %% ../../nbs/33_trainer.ipynb #4e61b167
+@patch
+def gradients(self:Trainer, x, noise, beta): # beta a number or a tensor without dimensions
+    "Leave the gradients in the parameters; returns the step's `signal_row`."
+    with self.autocast: t = self.vae(x, noise)
+    loss = self.objective(t, x, beta)
+    self.opt.zero_grad(); loss.backward()
+    return signal_row(t, loss, gradient_norms(*self.parts))
+
+# %% ../../nbs/33_trainer.ipynb #e32bca70
+class StepGraph:
+    "`Trainer.gradients` for batches of one shape, recorded as a CUDA graph."
+    def __init__(self, tr, x, noise):
+        self.x, self.noise, self.beta = x.clone(), noise.clone(), torch.zeros((), device=x.device)
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream(); side.wait_stream(main)
+        with torch.cuda.stream(side):                       # libraries choose their algorithms before the recording
+            for _ in range(3): tr.gradients(self.x, self.noise, self.beta)
+        main.wait_stream(side); self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph): self.row = tr.gradients(self.x, self.noise, self.beta)
+        self.grads = [(p, p.grad) for p in tr.vae.parameters()]
+
+    def __call__(self, x, noise, beta):
+        self.x.copy_(x); self.noise.copy_(noise); self.beta.fill_(beta); self.graph.replay()
+        for p, g in self.grads: p.grad = g                  # a shorter batch in between left others there
+        return self.row
+
+@patch
+def replay(self:Trainer, x, noise, beta):
+    "`gradients`, from the recorded graph."
+    if self.graph is None: self.graph = StepGraph(self, x, noise)
+    return self.graph(x, noise, beta)
+
+# %% ../../nbs/33_trainer.ipynb #130b7c74
 @patch
 def step(self:Trainer, index):
     "One optimiser step on the training examples `index`; a step that is not finite changes nothing but the counters."
@@ -150,16 +183,12 @@ def step(self:Trainer, index):
     beta = beta_at(n, c.beta_schedule, c.beta_max, round(c.beta_warmup*self.steps_per_epoch))
     lr = lr_at(n, c, self.steps_per_epoch, self.total_steps)
     for g in self.opt.param_groups: g['lr'] = lr
-    with self.autocast: t = self.vae(x, noise)
-    loss = self.objective(t, x, beta)
-    self.opt.zero_grad(); loss.backward()
-    norms = gradient_norms(*self.parts); total = norms.norm(); size = total.item()
-    finite = math.isfinite(size)
-    if finite: self.update(size)
+    recorded = c.cuda_graph and x.is_cuda and len(x) == c.batch_size
+    row = (self.replay if recorded else self.gradients)(x, noise, beta)
+    size = row[step_fields.index('grad_norm')].item(); finite = math.isfinite(size)
+    if finite: self.update(size); self.sums += row[:3]; s['summed'] += 1
     self.count(finite)
-    head = self.signals.add(t, loss, norms, total, step=n, beta=beta, lr=lr, skipped=int(not finite),
-                            clipped=int(0 < c.clip_norm < size))
-    if finite: self.sums += head; s['summed'] += 1
+    self.signals.add(row, len(x), step=n, beta=beta, lr=lr, skipped=int(not finite), clipped=int(0 < c.clip_norm < size))
     s['step'] = n + 1
 
 # %% ../../nbs/33_trainer.ipynb #5dd6c800
@@ -398,3 +427,30 @@ def load_vae(run,              # a training's run folder
         raise UserError(f"{run} has no weights yet ({path.name} is missing): the training has not reached an epoch that counts.") from None
     except Exception as e: raise UserError(f"The weights {path} cannot be read: {e}.") from None
     return vae.to(pick_device(device)).eval()
+
+# %% ../../nbs/33_trainer.ipynb #c1a1d901
+_job = 'import json, sys; from vae_nb.training.trainer import fit; fit(json.loads(sys.argv[1]), sys.argv[2], progress="lines")'
+
+def _in_a_process(config, out, env):
+    "Train in a process of its own, passing on its lines. Raises `RuntimeError` with its last words if it fails."
+    p = subprocess.Popen([sys.executable, '-c', _job, json.dumps(config), str(out)], env=env, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        last = ''
+        for line in p.stdout: last = line.rstrip() or last; print(line, end='', flush=True)
+        if p.wait(): raise RuntimeError(f"The training in {out} ended with {p.returncode}: {last}")
+    finally:
+        if p.poll() is None: p.terminate()
+
+def fit_all(jobs:dict,    # {run folder: configuration, a TrainConfig or a dict of its fields}
+            data=None,    # {run folder: data set}; default: what each configuration names
+            workers:int=1 # trainings at a time; more than one makes processes, which load their data themselves
+           )->dict:       # {run folder: summary}
+    "`fit` every configuration into its folder."
+    configs = {out: make_config(c).model_dump() if isinstance(c, dict) else c.model_dump() for out, c in jobs.items()}
+    todo = [out for out in jobs if not (Path(out)/'metrics.json').exists()]
+    if workers > 1 and len(todo) > 1:
+        env = os.environ | dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1)//min(workers, len(todo)))))
+        with ThreadPoolExecutor(workers) as pool:
+            for f in [pool.submit(_in_a_process, configs[out], out, env) for out in todo]: f.result()
+    return {out: fit(c, out, (data or {}).get(out)) for out, c in configs.items()}
