@@ -146,7 +146,8 @@ def test_trains_on_a_gpu_in_bfloat16(data, tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-@pytest.mark.parametrize('kind', ['grids', 'bernoulli', 'hierarchical', 'logistic_mixture', 'categorical_256', 'gaussian', 'continuous_bernoulli'])
+@pytest.mark.parametrize('kind', ['grids', 'bernoulli', 'hierarchical', 'logistic_mixture', 'categorical_256', 'gaussian',
+                                  'continuous_bernoulli'])
 def test_a_recorded_step_computes_what_the_usual_one_does(kind, data, tmp_path):
     "40 steps, every tenth of them on a shorter batch that is never recorded."
     from vae_nb.training.trainer import fit, load_data

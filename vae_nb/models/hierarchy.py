@@ -79,7 +79,7 @@ class TopDown(nn.Module):
         for group, part in zip(self.groups, u.split(self.sizes, 1)): state = group(self.rise(state, group.side), part)
         return self.out(self.rise(state, self.last))
 
-# %% ../../nbs/25_hierarchy.ipynb #bc5bb943
+# %% ../../nbs/25_hierarchy.ipynb #8e5a72e8
 class HierarchicalVAE(VAE):
     "A VAE with `groups` groups of codes; `latent_dim` follows from them. Codes are in the prior's coordinates: a priori standard normal."
     def __init__(self, size:int=28, likelihood:Likelihood=None, groups:int=2,
@@ -93,13 +93,18 @@ class HierarchicalVAE(VAE):
 
     def infer(self, x):
         seen = self.encoder(self.likelihood.embed(x))
-        return lambda noise: self._draw(seen, noise)
+        return lambda noise: self._draw(seen, noise)[:3]
+
+    def explain(self, x):                              # the way down that draws the codes has computed what the picture needs
+        seen, dec = self.encoder(self.likelihood.embed(x)), self.decoder
+        def f(noise): *draw, state = self._draw(seen, noise); return *draw, dec.out(dec.rise(state, dec.last)).float()
+        return f
 
     def encode(self, x): return self.infer(x)(torch.zeros(len(x), self.latent_dim, device=x.device))[1:]
 
-# %% ../../nbs/25_hierarchy.ipynb #b798e437
+# %% ../../nbs/25_hierarchy.ipynb #aa474fce
 def _draw(self:HierarchicalVAE, seen, noise):
-    "Posterior draws, means and log-variances, all the shape of `noise`, (..., B, D); the picture was seen once."
+    "Posterior draws, means and log-variances, all the shape of `noise`, (..., B, D), and the last state; the picture was seen once."
     lead = noise.shape[:-2]; eps = noise.reshape(-1, noise.shape[-1]); n = math.prod(lead)
     dec, us, mus, logvars = self.decoder, [], [], []
     state = dec.start.expand(len(eps), -1, -1, -1)
@@ -109,5 +114,5 @@ def _draw(self:HierarchicalVAE, seen, noise):
         mu, logvar = (o.flatten(1) for o in group.posterior(both).float().chunk(2, 1)); logvar = logvar.clamp(*logvar_range)
         u = reparameterise(mu, logvar, e); state = group(state, u)
         us.append(u); mus.append(mu); logvars.append(logvar)
-    return tuple(torch.cat(o, 1).view(noise.shape) for o in (us, mus, logvars))
+    return *(torch.cat(o, 1).view(noise.shape) for o in (us, mus, logvars)), state
 HierarchicalVAE._draw = _draw

@@ -42,7 +42,7 @@ class Terms:
     @property
     def nelbo(self): return self.nll + self.kl.sum(1)
 
-# %% ../../nbs/22_vae.ipynb #a5baf528
+# %% ../../nbs/22_vae.ipynb #cd390f02
 logvar_range = (-16., 4.)
 
 class VAE(nn.Module):
@@ -69,14 +69,19 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         return lambda noise: (reparameterise(mu, logvar, noise), mu, logvar)
 
-# %% ../../nbs/22_vae.ipynb #49d97a6e
+    def explain(self, x):
+        "Like `infer`, and the likelihood's parameters of the draw as a fourth: (B, n_params, H, W), draws and examples in one row."
+        draw = self.infer(x)
+        def f(noise): z, mu, logvar = draw(noise); return z, mu, logvar, self.decode(z.flatten(0, -2))
+        return f
+
+# %% ../../nbs/22_vae.ipynb #b470a32f
 def terms(self:VAE, x:Tensor,     # (B, H, W) data
           noise:Tensor=None,      # (B, D) standard normal; default: drawn from `generator`
           generator=None)->Terms:
     "One-draw estimate of the bound's parts."
     if noise is None: noise = torch.randn(len(x), self.latent_dim, generator=generator, device=x.device)
-    z, mu, logvar = self.infer(x)(noise)
-    params = self.decode(z)
+    _, mu, logvar, params = self.explain(x)(noise)
     cells = self.likelihood.nll_cells(params, x)
     return Terms(cells.flatten(1).sum(1), gaussian_kl(mu, logvar), cells, mu, logvar, params)
 VAE.forward = VAE.terms = terms

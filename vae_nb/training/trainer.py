@@ -98,7 +98,7 @@ def build_vae(params:dict,   # the configuration's fields
         return HierarchicalVAE(shape['size'], lik, **{k: params[k] for k in ('groups', 'latent_channels', 'width', 'depth')})
     return VAE(shape['size'], lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden', 'code')})
 
-# %% ../../nbs/33_trainer.ipynb #8349f2bd
+# %% ../../nbs/33_trainer.ipynb #b5619abe
 @patch
 def build(self:Trainer):
     "Model, average, optimiser, objective, and a state of plain numbers."
@@ -110,15 +110,16 @@ def build(self:Trainer):
     self.ema = copy.deepcopy(self.vae).requires_grad_(False) if c.ema else self.vae
     self.parts = [list(self.vae.encoder.parameters()), [*self.vae.decoder.parameters(), *self.vae.likelihood.parameters()]]
     decay = [p for p in self.vae.parameters() if p.ndim > 1]; plain = [p for p in self.vae.parameters() if p.ndim <= 1]
+    gpu = self.device.type == 'cuda'; self.lr = torch.tensor(c.lr, device=self.device) if gpu else c.lr    # a graph reads it there
     self.opt = torch.optim.AdamW([dict(params=decay, weight_decay=c.weight_decay), dict(params=plain, weight_decay=0.)],
-                                 lr=c.lr, betas=(0.9, 0.99), fused=True)
+                                 lr=self.lr, betas=(0.9, 0.99), fused=True, capturable=gpu)
     w = None
     if grids and c.class_weights != 'none':
         w = class_weights(class_counts(self.train, self.data.n_symbols), c.class_weights).to(self.device)
     self.objective = Objective(c.reduction, c.free_bits, c.focal_gamma, w)
     bf16 = c.precision == 'bfloat16' or (c.precision == 'auto' and self.device.type == 'cuda')
     self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-    if c.compile: self.vae.encoder.compile(); self.vae.decoder.compile()
+    if c.compile: self.vae.compile()
     self.s = dict(step=0, updates=0, best=None, best_epoch=None, stale=0, nonfinite=0, nonfinite_in_row=0,
                   seconds=0., train_seconds=0., summed=0)
     self.sums = torch.zeros(3, dtype=torch.double, device=self.device)        # loss, nll and kl of the epoch so far
@@ -149,30 +150,42 @@ def gradients(self:Trainer, x, noise, beta): # beta a number or a tensor without
     self.opt.zero_grad(); loss.backward()
     return signal_row(t, loss, gradient_norms(*self.parts))
 
-# %% ../../nbs/33_trainer.ipynb #e32bca70
+# %% ../../nbs/33_trainer.ipynb #7aeaf04c
 class StepGraph:
-    "`Trainer.gradients` for batches of one shape, recorded as a CUDA graph."
+    "A whole step for batches of one shape, recorded as a CUDA graph: gradients, clipping, optimiser, average."
     def __init__(self, tr, x, noise):
-        self.x, self.noise, self.beta = x.clone(), noise.clone(), torch.zeros((), device=x.device)
+        self.tr, self.x, self.noise = tr, x.clone(), noise.clone()
+        self.beta, self.pull, self.armed = (torch.zeros((), device=x.device) for _ in range(3))
         side, main = torch.cuda.Stream(), torch.cuda.current_stream(); side.wait_stream(main)
-        with torch.cuda.stream(side):                       # libraries choose their algorithms before the recording
-            for _ in range(3): tr.gradients(self.x, self.noise, self.beta)
+        with torch.cuda.stream(side):                       # libraries choose their algorithms first; unarmed, nothing moves
+            for _ in range(3): self.work()
         main.wait_stream(side); self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph): self.row = tr.gradients(self.x, self.noise, self.beta)
-        self.grads = [(p, p.grad) for p in tr.vae.parameters()]
+        with torch.cuda.graph(self.graph): self.row = self.work()
+        self.armed.fill_(1)
 
-    def __call__(self, x, noise, beta):
-        self.x.copy_(x); self.noise.copy_(noise); self.beta.fill_(beta); self.graph.replay()
-        for p, g in self.grads: p.grad = g                  # a shorter batch in between left others there
+    def work(self):
+        tr, c = self.tr, self.tr.c; row = tr.gradients(self.x, self.noise, self.beta)
+        size = row[step_fields.index('grad_norm')]; go = self.armed*size.isfinite()
+        params = list(tr.vae.parameters()); grads = [p.grad for p in params if p.grad is not None]
+        if c.clip_norm: torch._foreach_mul_(grads, (c.clip_norm/size).clamp(max=1))
+        tr.opt.found_inf = 1 - go; tr.opt.step(); tr.opt.found_inf = None        # 1: the optimiser leaves everything as it is
+        if c.ema:
+            ema = list(tr.ema.parameters())
+            with torch.no_grad():
+                way = torch._foreach_sub(params, ema); torch._foreach_mul_(way, self.pull*go); torch._foreach_add_(ema, way)
+        return row
+
+    def __call__(self, x, noise, beta, pull):
+        self.x.copy_(x); self.noise.copy_(noise); self.beta.fill_(beta); self.pull.fill_(pull); self.graph.replay()
         return self.row
 
 @patch
 def replay(self:Trainer, x, noise, beta):
-    "`gradients`, from the recorded graph."
+    "A whole step from the recorded graph; returns its `signal_row`."
     if self.graph is None: self.graph = StepGraph(self, x, noise)
-    return self.graph(x, noise, beta)
+    return self.graph(x, noise, beta, self.pull())
 
-# %% ../../nbs/33_trainer.ipynb #130b7c74
+# %% ../../nbs/33_trainer.ipynb #f560b323
 @patch
 def step(self:Trainer, index):
     "One optimiser step on the training examples `index`; a step that is not finite changes nothing but the counters."
@@ -182,25 +195,36 @@ def step(self:Trainer, index):
     noise = torch.randn(len(x), self.vae.latent_dim, generator=self.gen, device=self.device)
     beta = beta_at(n, c.beta_schedule, c.beta_max, round(c.beta_warmup*self.steps_per_epoch))
     lr = lr_at(n, c, self.steps_per_epoch, self.total_steps)
-    for g in self.opt.param_groups: g['lr'] = lr
-    recorded = c.cuda_graph and x.is_cuda and len(x) == c.batch_size
+    self.set_lr(lr); recorded = c.cuda_graph and x.is_cuda and len(x) == c.batch_size
     row = (self.replay if recorded else self.gradients)(x, noise, beta)
     size = row[step_fields.index('grad_norm')].item(); finite = math.isfinite(size)
-    if finite: self.update(size); self.sums += row[:3]; s['summed'] += 1
+    if finite:
+        if not recorded: self.update(size)
+        s['updates'] += 1; s['summed'] += 1; self.sums += row[:3]
     self.count(finite)
     self.signals.add(row, len(x), step=n, beta=beta, lr=lr, skipped=int(not finite), clipped=int(0 < c.clip_norm < size))
     s['step'] = n + 1
 
-# %% ../../nbs/33_trainer.ipynb #5dd6c800
+# %% ../../nbs/33_trainer.ipynb #a7d62cd8
 @patch
 def update(self:Trainer, size):
     "Clip the gradients, whose norm is `size`, step, and move the average."
-    s, c = self.s, self.c
+    c = self.c
     if 0 < c.clip_norm < size: torch._foreach_mul_([p.grad for part in self.parts for p in part if p.grad is not None], c.clip_norm/size)
-    self.opt.step(); s['updates'] += 1
-    if c.ema:        # the average starts fast, or it would remember the initial weights
-        d = min(c.ema, (1 + s['updates'])/(10 + s['updates']))
-        with torch.no_grad(): torch._foreach_lerp_(list(self.ema.parameters()), list(self.vae.parameters()), 1 - d)
+    self.opt.step()
+    if c.ema:
+        with torch.no_grad(): torch._foreach_lerp_(list(self.ema.parameters()), list(self.vae.parameters()), self.pull())
+
+@patch
+def pull(self:Trainer)->float:
+    "How far the average moves towards the weights: fast at first, or it would remember the initial ones."
+    n = self.s['updates'] + 1; return 1 - min(self.c.ema, (1 + n)/(10 + n))
+
+@patch
+def set_lr(self:Trainer, lr):
+    "The learning rate of the next step."
+    if torch.is_tensor(self.lr): self.lr.fill_(lr); lr = self.lr
+    for g in self.opt.param_groups: g['lr'] = lr
 
 # %% ../../nbs/33_trainer.ipynb #9c382411
 class NonFiniteError(RuntimeError):
