@@ -4,6 +4,9 @@
 
 Each repeat draws `samples` grids with their metadata (objects, boxes, colours), after a warm-up. Printed: minimum, median and
 maximum over the repeats. On a GPU the clock stops when the device has finished, and `samples` is 20 times larger.
+
+Measured, median of 7: on an H200 28.3 million simplified and 1.2 million arc_like grids a second (torch 2.11); on one core of the Xeon
+beside it 0.45 million and 0.07 million.
 """
 import argparse, time
 

@@ -4,6 +4,10 @@
 
 The network is as initialised: the time does not depend on what it learned. `fast` compiles it, and runs it in bfloat16 on a GPU; its
 first call, which compiles, is not counted. With --plain the float32 network is timed as well.
+
+Measured on an H200 (torch 2.11): K = 1,000 for 1,000 pictures takes the convolutional network of width 64 and depth 2 2.2 s in float32 and
+0.6 s compiled, so 5,000 samples for all 10,000 take 108 s and 29 s. The hierarchical one with eight groups needs three times as long in
+float32; compiled, while another program used the GPU, 24 to 26 s for K = 1,000 on all 10,000.
 """
 import argparse, os, time
 
