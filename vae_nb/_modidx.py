@@ -1046,6 +1046,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'vae_nb/training/trainer.py'),
                                          'vae_nb.training.trainer.Trainer.update': ( 'trainer.html#trainer.update',
                                                                                      'vae_nb/training/trainer.py'),
+                                         'vae_nb.training.trainer._imported': ('trainer.html#_imported', 'vae_nb/training/trainer.py'),
                                          'vae_nb.training.trainer._in_a_process': ( 'trainer.html#_in_a_process',
                                                                                     'vae_nb/training/trainer.py'),
                                          'vae_nb.training.trainer._places': ('trainer.html#_places', 'vae_nb/training/trainer.py'),

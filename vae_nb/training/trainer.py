@@ -7,8 +7,8 @@ __all__ = ['max_nonfinite', 'find_data', 'load_data', 'find_pictures', 'Trainer'
            'StepGraph', 'NonFiniteError', 'save_weights', 'Interrupted', 'signals_to', 'Progress', 'audit', 'fit',
            'train_command', 'load_vae', 'fit_all']
 
-# %% ../../nbs/33_trainer.ipynb #a8ee4d1d
-import contextlib, copy, io, json, math, os, shutil, signal, subprocess, sys, threading, time
+# %% ../../nbs/33_trainer.ipynb #141667d8
+import contextlib, copy, importlib, io, json, math, os, shutil, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,13 +59,14 @@ def find_pictures(path)->Path:
         if p.exists(): return p
     raise UserError(f"There are no pictures at {path}: name a folder or a .tar of pictures.")
 
-# %% ../../nbs/33_trainer.ipynb #4dafeff5
+# %% ../../nbs/33_trainer.ipynb #d2038844
 class Trainer:
     "Trains one VAE into one folder; `fit` is the way in."
     def __init__(self, config:TrainConfig, # everything that shapes the run
                  out,                      # the run folder
                  data=None,                # a GridDataset or ImageDataset; default: what the configuration names
-                 progress='auto'           # 'bar', 'lines', 'none', or 'auto': lines in a batch, a bar elsewhere
+                 progress='auto',          # 'bar', 'lines', 'none', or 'auto': lines in a batch, a bar elsewhere
+                 build=None                # 'module:function' that makes the network; default: the one the configuration describes
                 ):
         self.c, self.out, self.device = config, Path(out), pick_device(config.device)
         self.data = data or load_data(config)
@@ -75,6 +76,7 @@ class Trainer:
         if not len(self.train) or not len(self.val): raise UserError("Training needs at least one training and one validation example.")
         self.steps_per_epoch = math.ceil(len(self.train)/config.batch_size)
         self.total_steps = self.steps_per_epoch*config.epochs
+        self.shape = model_shape(self.data) | (dict(build=build) if build else {})
         self.stop_signal, self.graph, self.gen = None, None, torch.Generator(device=self.device)
         self.build()
 
@@ -85,25 +87,34 @@ def model_shape(data)->dict: # size, and n_symbols of grids or channels of image
     if x.shape[-2] != x.shape[-1]: raise UserError(f"The networks take square pictures, these are {x.shape[-2]} x {x.shape[-1]}: pad them.")
     return dict(size=x.shape[-1], **(dict(n_symbols=data.n_symbols) if x.ndim == 3 else dict(channels=x.shape[1])))
 
-# %% ../../nbs/33_trainer.ipynb #b96ddf11
+# %% ../../nbs/33_trainer.ipynb #f1c6e35e
+def _imported(name):
+    "The function behind 'module:function'."
+    module, sep, function = name.partition(':')
+    try: return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"The network's builder {name!r} cannot be imported ({e}): name it as module:function, and start where "
+                        "that module can be found.") from None
+
 _options = dict(gaussian=('sigma', 'sigma_value'), logistic_mixture=('mixtures',))
 
 def build_vae(params:dict,   # the configuration's fields
-              shape:dict     # from `model_shape`
+              shape:dict     # from `model_shape`; with `build`, a 'module:function' of these two that returns a `VAE`
              )->VAE:
-    "The network a configuration describes, freshly initialised from torch's global generator."
+    "The network a configuration describes, or your own, freshly initialised from torch's global generator."
+    if 'build' in shape: return _imported(shape['build'])(params, {k: v for k, v in shape.items() if k != 'build'})
     name = params['likelihood']; own = {k: params[k] for k in _options.get(name, ())}
     lik = make_likelihood(name, **{k: v for k, v in shape.items() if k != 'size'}, **own)
     if params.get('network', 'conv') == 'hierarchical':
         return HierarchicalVAE(shape['size'], lik, **{k: params[k] for k in ('groups', 'latent_channels', 'width', 'depth')})
     return VAE(shape['size'], lik, **{k: params[k] for k in ('latent_dim', 'width', 'depth', 'hidden', 'code')})
 
-# %% ../../nbs/33_trainer.ipynb #b5619abe
+# %% ../../nbs/33_trainer.ipynb #d8a740ce
 @patch
 def build(self:Trainer):
     "Model, average, optimiser, objective, and a state of plain numbers."
     c = self.c; seed_everything(c.seed)
-    self.shape = model_shape(self.data); grids = self.train.ndim == 3
+    grids = self.train.ndim == 3
     self.vae = build_vae(c.model_dump(), self.shape).to(self.device)
     self.vae.likelihood.check(self.pixels(self.train[:1])); self.vae.likelihood.check(self.val)
     if c.binarise != 'dynamic': self.vae.likelihood.check(self.train)
@@ -382,15 +393,16 @@ def audit(x, n_symbols)->dict:
     return dict(kind='audit', shape=list(x.shape), dtype=str(x.dtype), lowest=int(x.min()), highest=int(x.max()),
                 **{name: [round(v, 5) for v in (share/share.sum()).tolist()]})
 
-# %% ../../nbs/33_trainer.ipynb #7f9c5504
+# %% ../../nbs/33_trainer.ipynb #b9847be7
 def fit(config:TrainConfig, # or a dict of its fields
         out,                # the run folder; an unfinished run in it goes on
         data=None,          # a GridDataset or ImageDataset; default: what the configuration names
-        progress='auto'     # 'bar', 'lines', 'none' or 'auto'
+        progress='auto',    # 'bar', 'lines', 'none' or 'auto'
+        build=None          # 'module:function' that makes a network of your own: (params, shape) -> VAE
        )->dict:             # summary: status, best score, validation scores, seconds, steps, parameters
     "Train a VAE into the folder `out`. Raises `UserError` if the folder holds another run, `NonFiniteError`, `Interrupted`."
     if isinstance(config, dict): config = make_config(config)
-    out = Path(out); tr = Trainer(config, out, data, progress)
+    out = Path(out); tr = Trainer(config, out, data, progress, build)
     record = to_jsonable(dict(name='train', seed=config.seed, params=config.model_dump(), model=tr.shape,
                               data=hash_text(*[x.cpu().numpy().tobytes() for x in (tr.train, tr.val)])))
     if (out/'config.json').exists() and read_json(out/'config.json', 'configuration') != record:
