@@ -24,10 +24,15 @@ def test_help_of_each_command(cli, name):
 @pytest.mark.parametrize('args, said', [
     ('trian', "Did you mean 'train'"),
     ('run', 'notebook'), ('run capacity --profil tiny', '--profile'), ('run a b', 'b'), ('run capacity -p beta', 'lacks a value'),
-    ('run capacity --seed x', '--seed'), ('run no_such_thing', 'no_such_thing'),
+    ('run capacity --seed x', "seed is 'x' in the options: it must be a whole number."),
+    ('run no_such_thing', 'no_such_thing'),
     ('promote no/such/run', 'no/such/run'), ('promote nbs', 'not a run folder'), ('report --strikt', '--strict'),
-    ('train --beta-schedule cosinus', 'cosine'), ('train --beta-mux 1', '--beta-max'), ('train --epochs many', '--epochs'),
-    ('train --beta-max -1', 'beta_max'), ('train --config no.yaml', 'no.yaml'), ('train --data-path no.npz', 'no.npz'),
+    ('train --beta-schedule cosinus', 'cosine'), ('train --beta-mux 1', '--beta-max'),
+    ('train --epochs many', "epochs is 'many' in the options: it must be a whole number of at least 1."),
+    ('train --lr abc', "lr is 'abc' in the options: it must be a number above 0."), ('train --width 6', 'and a multiple of 4.'),
+    ('train --beta-max -1', 'beta_max is -1.0 in the options: it must be a number of at least 0.'),
+    ('train --data images', 'In the options, data images needs data_path'),
+    ('train --config no.yaml', 'no.yaml'), ('train --data-path no.npz', 'no.npz'),
     ('generate', '--out'),
     ('generate --out no/x.npz --samples 0', 'samples'),
     ('generate --out no/x.npz --recipe simplifed', 'simplified'), ('evaluate no/such/run', 'no/such/run')])
@@ -40,6 +45,18 @@ def test_train_options_are_the_fields(cli):
     for name, field in TrainConfig.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         assert f'{flag} ' in out and (field.annotation is not bool or f"--no-{name.replace('_', '-')}" in out)
+
+def test_help_names_other_defaults_for_images_and_all_pages_of_the_report(cli):
+    from vae_nb.training.config import image_defaults
+    out = ' '.join(cli('train', '--help').stdout.split())
+    for name, v in image_defaults.items():
+        assert f"; for images: {v if v != '' else 'none'}]" in out.split(f"--{name.replace('_', '-')} ")[1]
+    out = ' '.join(cli('report', '--help').stdout.split())
+    assert all(f in out for f in ('README.md', 'report/report.html', 'report/report.pdf', 'nbs/page_NAME.ipynb', 'report/NAME.pdf'))
+
+def test_a_refused_training_does_not_say_where_it_trains(cli, tmp_path):
+    r = cli('train', '--data-path', 'no.npz', '--device', 'cuda:99', '--out', tmp_path/'r')
+    assert 'cuda:99' in one_sentence(r) and r.stdout == '' and not (tmp_path/'r').exists()
 
 def test_config_file_is_read_and_options_are_stronger(cli, tmp_path, monkeypatch):
     import vae_nb.train as t

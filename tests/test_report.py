@@ -90,6 +90,13 @@ def test_older_code_is_marked_and_strict_refuses_it(toy):
     assert text.count('code has changed since') == 2 and '97.5%' in text        # table and figure, still shown
     assert f'toy/{dest.name}' in one_sentence(toy('report', '--strict'))
 
+def test_a_trial_is_marked_wherever_it_is_shown(toy):
+    toy.experiment('toy', 'run.finish()', profiles='  tiny: {}\n  quick: {}\n')
+    page(toy, '# Toy\n\n{{table toy.tiny result}}\n\n{{runs}}\n')
+    promote(make_run(toy, profile='tiny')); done = promote(make_run(toy)); report(pdf=False); text = (toy.root/'README.md').read_text()
+    assert text.count('a trial, not a result') == 2                            # below the table, and in the list of runs
+    assert all('trial' not in l for l in text.splitlines() if done.name in l)
+
 def test_newer_run_of_the_same_command_replaces_the_older(toy):
     first, other = promote(make_run(toy)), promote(make_run(toy, seed=1))
     (toy.root/'vae_nb').mkdir(); (toy.root/'vae_nb'/'edited.py').write_text('')

@@ -31,11 +31,15 @@ def make_option(name, annotation, default, help='', required=False)->inspect.Par
     default = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, opt])
 
-# %% ../nbs/93_cli.ipynb #bd48cded
-def model_options(model)->list:
+# %% ../nbs/93_cli.ipynb #d9362722
+def model_options(model,
+                  images=() # {field: default} where it is another one for images
+                 )->list:
     "An option for each field of a pydantic model."
-    default = lambda f: f.get_default(call_default_factory=True)
-    return [make_option(n, f.annotation, default(f), f.description or '') for n, f in model.model_fields.items()]
+    def default(n, f):
+        v = f.get_default(call_default_factory=True)
+        return f"{v}; for images: {images[n] if images[n] != '' else 'none'}" if n in images else v
+    return [make_option(n, f.annotation, default(n, f), f.description or '') for n, f in model.model_fields.items()]
 
 def function_options(f,
                      skip=() # parameters that the command handles itself
@@ -90,12 +94,12 @@ class LazyGroup(typer.core.TyperGroup):
 
     def list_commands(self, ctx): return sorted(self.commands, key=_order.index)
 
-# %% ../nbs/93_cli.ipynb #7ea83f93
+# %% ../nbs/93_cli.ipynb #75b20d90
 app = typer.Typer(name='vae-nb', cls=LazyGroup, rich_markup_mode=None, invoke_without_command=True, context_settings=_wide,
                   epilog=_examples('vae-nb generate --out data/simplified_dataset_100k.npz',
                                    'vae-nb run experiments/capacity.ipynb --profile quick',
                                    'vae-nb train --help'))
-_order = 'generate train evaluate run promote report'.split()
+_order = 'generate train evaluate diagnose run promote report'.split()
 
 @app.callback()
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option('--version', help="Print the version and leave.")] = False):
@@ -113,17 +117,17 @@ def _generate():
     return (with_options(run, function_options(generate), generate.__doc__),
             _examples('vae-nb generate --out data/simplified_dataset_100k.npz --samples 100000 --seed 0 --recipe simplified'))
 
-# %% ../nbs/93_cli.ipynb #fdb24d4e
+# %% ../nbs/93_cli.ipynb #607818e6
 @lazy('train', "Train a VAE on a data set.")
 def _train():
     from vae_nb.train import train
-    from vae_nb.training.config import TrainConfig, load_config, make_config
+    from vae_nb.training.config import TrainConfig, image_defaults, load_config, make_config
     def run(config=None, out=None, **given):
         settings = load_config(config, given) if config else make_config(given, 'the options')
         _say(train(settings, out=out))
     own = [make_option('config', Path, None, "a YAML file of these fields; options given here are stronger"),
            make_option('out', Path, None, "folder of the run; if it holds an interrupted run of the same configuration, that run goes on")]
-    return (with_options(run, own + model_options(TrainConfig), train.__doc__),
+    return (with_options(run, own + model_options(TrainConfig, image_defaults), train.__doc__),
             _examples('vae-nb train --data-path data/simplified_dataset_100k.npz --beta-schedule constant --beta-max 0.0',
                       'vae-nb train --config my.yaml --epochs 5 --out runs/train/trial'))
 
@@ -137,6 +141,16 @@ def _evaluate():
     where = inspect.Parameter(first, inspect.Parameter.KEYWORD_ONLY, annotation=what)
     return (with_options(run, [where, *function_options(evaluate, skip=[first])], evaluate.__doc__),
             _examples('vae-nb evaluate runs/train/trial'))
+
+# %% ../nbs/93_cli.ipynb #b69be21a
+@lazy('diagnose', "Name what is wrong with a trained VAE.")
+def _diagnose():
+    from vae_nb.diagnose import diagnose
+    def run(**given): return diagnose(given.pop('run'), **given).exit_code
+    what = Annotated[Path, typer.Argument(help="folder of a training, or a Python file that defines encode, decode and x", metavar='RUN')]
+    where = inspect.Parameter('run', inspect.Parameter.KEYWORD_ONLY, annotation=what)
+    return (with_options(run, [where, *function_options(diagnose, skip=['run'])], diagnose.__doc__ + " Ends with 0: sound, 3: findings, 2: "
+                         "could not look."), _examples('vae-nb diagnose runs/train/trial', 'vae-nb diagnose my_vae.py --examples 500'))
 
 # %% ../nbs/93_cli.ipynb #34de291c
 def _say(result):
@@ -185,12 +199,13 @@ def promote(runs: Annotated[list[Path], typer.Argument(help="Folders of complete
     from vae_nb.reporting.promote import promote as promote_run
     for r in runs: _say(promote_run(r, keep=keep))
 
-# %% ../nbs/93_cli.ipynb #9f9da0f0
+# %% ../nbs/93_cli.ipynb #7e29654d
 @app.command(epilog=_examples('vae-nb report', 'vae-nb report --strict'))
 def report(strict: Strict = False):
     """Render the README and the report from promoted runs.
 
-    README.md, report/report.html and report/report.pdf are made from report/results/ and nbs/index.ipynb alone."""
+    From report/results/ and nbs/index.ipynb alone: README.md, report/report.html and report/report.pdf. Each nbs/page_NAME.ipynb also
+    becomes a compact page of its own, report/NAME.html and report/NAME.pdf."""
     from vae_nb.reporting.report import report as render
     for path in render(strict=strict): _say(path)
 
@@ -210,12 +225,21 @@ def _number(text):
     try: float(text); return True
     except ValueError: return False
 
-# %% ../nbs/93_cli.ipynb #aca8b7d9
+# %% ../nbs/93_cli.ipynb #f67a3ab1
+def _wrong_value(e, where):
+    "What is wrong with an option's value, in the words of `make_config`; None where typer found it without pydantic."
+    if not hasattr(e.__cause__, 'errors') or not getattr(e, 'param', None): return
+    from vae_nb.core import invalid
+    if where.endswith(' train'): from vae_nb.training.config import TrainConfig as model
+    else: model = None
+    return str(invalid(e.__cause__, 'the options', model.model_fields if model else {}, e.param.name))
+
 def _known_error(e):
     "(exit code, sentence) of an error a user can do something about; None otherwise."
     if isinstance(e, (Stopped, KeyboardInterrupt, typer.Abort)): return 130, str(e) or 'Stopped.'
     if hasattr(e, 'format_message'):       # a usage error
         ctx = getattr(e, 'ctx', None); where = ctx.command_path if ctx else 'vae-nb'
+        if text := _wrong_value(e, where): return 2, text
         text = e.format_message().replace('Value error, ', '').replace('\n', ' ').rstrip('. ')
         return 2, f"{text}{'' if text.endswith('?') else '.'} (`{where} --help` lists what there is.)"
     core, runner = sys.modules.get('vae_nb.core'), sys.modules.get('vae_nb.studies.runner')

@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 import matplotlib.pyplot as plt
 
-# %% ../nbs/92_evaluate.ipynb #874bb2ac
-from .core import UserError, atomic_write, check_choice, new_generator, pick_device, read_json, write_json
+# %% ../nbs/92_evaluate.ipynb #acf6fa8d
+from .core import UserError, atomic_write, check_choice, new_generator, pick_device, plural, read_json, write_json
 from .data.datasets import GridDataset, SPLITS, marginal_nats
 from .data.grids import show_grids
 from .evaluation.bounds import iwae, measure_nelbo
@@ -63,13 +63,13 @@ def evaluation_figures(run, vae:VAE, x, seed:int=0)->dict: # name: figure
     if epochs: figs['curves'], axs = plt.subplots(1, 3, figsize=(8, 2)); plot_curves(steps, epochs, axs)
     return figs
 
-# %% ../nbs/92_evaluate.ipynb #365be3bb
+# %% ../nbs/92_evaluate.ipynb #bb9081e9
 def evaluate_grids(run, vae, data, x, draws, draw_examples, seed):
     "Metrics, figures and a sentence for a model of grids."
     res = measure(vae, data, x, draws, draw_examples, seed)
     said = (f"NELBO {res['nelbo']:.2f} ± {res['nelbo_se']:.2f} nats a grid, exact grids {res['exact_match']:.1%}, "
             f"accuracy {res['pixel_accuracy']:.2%} where background alone gives {res['background_share']:.2%}, "
-            f"{res['active_units']} active units.")
+            f"{plural(res['active_units'], 'active unit')}.")
     return dict(metrics=res), evaluation_figures(run, vae, x, seed), said
 
 # %% ../nbs/92_evaluate.ipynb #ed93f08d
@@ -80,7 +80,7 @@ def mean_picture_psnr(vae, train, x)->float:
     top = 1 if vae.likelihood.binary else 255; mean = train.float().mean(0).to(x.device)
     return -10*math.log10(max(1e-12, ((x.float() - mean)/top).square().flatten(1).mean(1).double().mean().item()))
 
-# %% ../nbs/92_evaluate.ipynb #14753d95
+# %% ../nbs/92_evaluate.ipynb #171530f9
 def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, prior, labels, out):
     "Metrics, sample distances, figures and a sentence for a model of pictures."
     res = measure_images(vae, x, draws, draw_examples, seed, progress=True)
@@ -89,8 +89,8 @@ def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, pr
     except UserError as e: notes.append(f'No prior was fitted (--prior none leaves it out): {e}')
     for p in fitted.values(): save_prior(p, out/'prior.safetensors')
     if samples and min(samples, len(x)) < few_pictures:
-        notes.append(f'Samples were not compared with data by features: {min(samples, len(x))} pictures are too few, '
-                     f'{few_pictures} are needed.')
+        notes.append(f'Samples were not compared with data by features: there are too few pictures ({min(samples, len(x))}, '
+                     f'and {few_pictures} are needed).')
     elif samples:
         net = get_features(data, seed)
         rows = four_columns(vae, x, fitted, net=net, n=samples, seed=seed, train=as_seen(vae, data.train[:len(x)], seed))
@@ -100,7 +100,7 @@ def evaluate_pictures(run, vae, data, x, draws, draw_examples, seed, samples, pr
     said = f"NELBO {res['nelbo']:.2f} ± {res['nelbo_se']:.2f} nats a picture, {res['bits_per_dim']:.3f} bits/dim, "
     res['psnr_mean_picture'] = mean_picture_psnr(vae, as_seen(vae, data.train[:10_000], seed), x)
     said += f"PSNR {res['psnr']:.1f} dB where the mean training picture alone gives {res['psnr_mean_picture']:.1f}, "
-    said += f"{res['active_units']} active units; the code of another picture costs {res['heard']:.1f} nats more."
+    said += f"{plural(res['active_units'], 'active unit')}; the code of another picture costs {res['heard']:.1f} nats more."
     if res['psnr'] < res['psnr_mean_picture'] + 1:
         notes.append('The reconstructions are hardly better than the mean picture: look at them.')
     said = '\n'.join([said, *notes])

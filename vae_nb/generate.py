@@ -9,8 +9,8 @@ __all__ = ['check_writable', 'generate', 'describe']
 import os, tempfile, time
 from pathlib import Path
 
-# %% ../nbs/90_generate.ipynb #cc47967c
-from .core import UserError, check_seed, pick_device
+# %% ../nbs/90_generate.ipynb #bd0ef662
+from .core import UserError, check_seed, pick_device, plural
 from .data.composition import get_recipe
 from .data.datasets import file_sizes, make_dataset, save_dataset, split_sizes
 
@@ -48,11 +48,11 @@ def generate(out,                 # the .npz file to write
                 metadata_bytes=b['metadata'], file_bytes=b['file'],
                 seconds_drawing=round(drawn-start, 2), seconds_writing=round(time.perf_counter()-drawn, 2))
 
-# %% ../nbs/90_generate.ipynb #9b9ddd3c
+# %% ../nbs/90_generate.ipynb #ec1ffef1
 def describe(s:dict)->str:
     "The summary of `generate` in a few lines."
     mb, parts = lambda k: f"{s[k]/1e6:.2f} MB", ' + '.join(f'{n:,} {k}' for k, n in s['sizes'].items())
     return (f"{s['out']}: {s['samples']:,} different {s['recipe']} grids (seed {s['seed']}), {parts}\n"
-            f"{s['duplicates_removed']:,} repeated grids removed before the split\n"
+            f"{plural(s['duplicates_removed'], 'repeated grid')} removed before the split\n"
             f"{mb('raw_bytes')} raw, {mb('grid_bytes')} compressed, {mb('file_bytes')} on disk with what lies on each grid\n"
             f"{s['seconds_drawing']} s to draw, {s['seconds_writing']} s to write")

@@ -9,8 +9,8 @@ __all__ = ['train_folder', 'train']
 import json
 from pathlib import Path
 
-# %% ../nbs/91_train.ipynb #1895aa1d
-from .core import hash_package, hash_text, load_settings
+# %% ../nbs/91_train.ipynb #e33dce5e
+from .core import hash_package, hash_text, load_settings, pick_device, plural
 from .training.config import TrainConfig
 from .training.signals import score_text
 from .training.trainer import find_data, fit, load_data
@@ -23,17 +23,19 @@ def train_folder(config:TrainConfig,
     content = [find_data(config.data_path).read_bytes()] if data is None else [getattr(data, k).numpy().tobytes() for k in ('train', 'val')]
     return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), *content, hash_package())
 
-# %% ../nbs/91_train.ipynb #107a4f27
+# %% ../nbs/91_train.ipynb #808af47e
 def train(config:TrainConfig=None, # everything that shapes the run; default: TrainConfig()
           out:Path=None            # the run folder; default: runs/train/KEY
          )->Path:                  # the run folder, complete
     "Train a VAE on a data set. The same command again continues an interrupted run, and returns a finished one at once."
-    config = config or TrainConfig(); data = None if config.data == 'grids' else load_data(config)
+    config = config or TrainConfig(); pick_device(config.device)                # what can be refused is, before a folder is named
+    data = None if config.data == 'grids' else load_data(config)
+    if data is None: find_data(config.data_path)
     folder = Path(out) if out else train_folder(config, data)
     if not (folder/'metrics.json').exists(): print(f'Training into {folder}', flush=True)
     r = fit(config, folder, data); what = 'grid' if config.data == 'grids' else 'picture'
     known = '' if data else f", accuracy {r['pixel_accuracy']:.2%} where background alone gives {r['background_share']:.2%}"
-    print(f"Ended by {r['status']} after {r['epochs']:.4g} epochs ({r['seconds']:.0f} s). Validation of the kept weights: "
+    print(f"Ended by {r['status']} after {plural(r['epochs'], 'epoch', '.4g')} ({r['seconds']:.0f} s). Validation of the kept weights: "
           f"NELBO {r['nelbo']:.2f} nats a {what} (nll {r['nll']:.2f}, kl {r['kl']:.2f}), {score_text(r)}{known}.")
     return folder
 

@@ -15,8 +15,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-# %% ../../nbs/12_composition.ipynb #90735df2
-from ..core import UserError, check_choice, new_generator
+# %% ../../nbs/12_composition.ipynb #fbf0365c
+from ..core import UserError, check_choice, invalid, new_generator, plural
 from .grids import PAD
 from .shapes import PATTERNS, BlobGenerator, LineGenerator, PatternGenerator, RectangleGenerator
 
@@ -90,16 +90,13 @@ class Recipe(_Record):
             if not ok: raise ValueError(message)
         return self
 
-# %% ../../nbs/12_composition.ipynb #8cdf313e
+# %% ../../nbs/12_composition.ipynb #1cbc95cd
 def make_recipe(base=None, # a Recipe to change; default: the field defaults
                 **changes  # fields to set
                )->Recipe:
     "A checked recipe. Raises `UserError` naming the field that is wrong."
     try: return Recipe(**{**(base.model_dump() if base else {}), **changes})
-    except ValidationError as e:
-        first = e.errors()[0]; field = '.'.join(map(str, first['loc']))
-        why = first['msg'].removeprefix('Value error, ')
-        raise UserError(f"The recipe{' field '+repr(field) if field else ''} is wrong: {why}.") from None
+    except ValidationError as e: raise invalid(e, 'the recipe', Recipe.model_fields) from None
 
 # %% ../../nbs/12_composition.ipynb #72693778
 RECIPES = {'simplified': make_recipe(name='simplified'),
@@ -294,7 +291,7 @@ def _compose(self:AtomicImageGenerator, count, generator)->Batch:
     back = order.argsort()
     return self._describe(*(o.index_select(0, back) for o in self._lay(ordered, generator)))
 
-# %% ../../nbs/12_composition.ipynb #5a871943
+# %% ../../nbs/12_composition.ipynb #4cf128ac
 @patch
 def _plain(self:AtomicImageGenerator, n, generator)->Batch:
     "Objects on black, exactly as many as were drawn."
@@ -307,7 +304,8 @@ def _plain(self:AtomicImageGenerator, n, generator)->Batch:
         again = self._compose(count[short], generator)
         for k in ('grids', *again.objects()): getattr(batch, k)[short] = getattr(again, k)
     raise UserError(f"The recipe {r.name!r} wants up to {r.max_objects} objects, too many objects for a grid of {r.size}x{r.size}: on "
-                    f"{len(short)} of {n} grids some found no place, {r.max_redraws} times over. Ask for fewer or smaller ones.")
+                    f"{len(short)} of {plural(n, 'grid')} some found no place, {plural(r.max_redraws, 'time')} over. "
+                    "Ask for fewer or smaller ones.")
 
 # %% ../../nbs/12_composition.ipynb #3bae03b0
 @patch

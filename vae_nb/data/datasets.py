@@ -15,9 +15,9 @@ from pathlib import Path
 # %% ../../nbs/13_datasets.ipynb #06a4ee10
 import numpy as np, torch
 
-# %% ../../nbs/13_datasets.ipynb #59aedf78
+# %% ../../nbs/13_datasets.ipynb #b5525c95
 from .. import __version__
-from ..core import UserError, atomic_write, check_choice, check_seed, new_generator, to_jsonable
+from ..core import UserError, atomic_write, check_choice, check_seed, new_generator, plural, to_jsonable
 from .grids import PAD
 from .composition import FAMILIES, AtomicImageGenerator, Batch, cat_batches, get_recipe
 
@@ -286,7 +286,7 @@ def source_entropy(recipe='simplified', # one without a scene, whose choices can
         means.append(float(h.mean())); errors.append(float(h.std())/math.sqrt(len(h)))
     return _weighted(weights, means, errors, r.min_objects)
 
-# %% ../../nbs/13_datasets.ipynb #69f758d1
+# %% ../../nbs/13_datasets.ipynb #7047020b
 def entropy_of_mix(entropy:Entropy, # of the source, from `source_entropy`
                    counts           # (N,) the number of objects on each grid of a set: its `n_objects`
                   )->Entropy:       # mean -ln p of such a set under the source
@@ -296,7 +296,8 @@ def entropy_of_mix(entropy:Entropy, # of the source, from `source_entropy`
     if not len(n): raise UserError("There are no object counts to average over: the set is empty.")
     odd = sorted(set(n.tolist()) - set(known))
     if odd:
-        raise UserError(f"The set has a grid with {odd[0]} objects, which the source never draws: it draws {', '.join(map(str, known))}.")
+        raise UserError(f"The set has a grid with {plural(odd[0], 'object')}, which the source never draws: "
+                        f"it draws {', '.join(map(str, known))}.")
     shares = np.bincount(n-least, minlength=most-least+1)/len(n)
     return _weighted(shares, entropy.by_count, entropy.by_count_stderr, least)
 

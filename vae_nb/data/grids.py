@@ -14,8 +14,8 @@ from scipy import ndimage
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 
-# %% ../../nbs/10_grids.ipynb #cb4add7d
-from ..core import UserError
+# %% ../../nbs/10_grids.ipynb #1bb96cd7
+from ..core import UserError, plural
 
 # %% ../../nbs/10_grids.ipynb #75bf3b69
 BLACK, PAD = 0, 10
@@ -185,7 +185,7 @@ def grid_stats(grids # stack (with or without padding) or list of grids
 # %% ../../nbs/10_grids.ipynb #fa999d06
 def _q(v)->str: return '/'.join(f'{q:.2g}' for q in np.nanquantile(np.asarray(v, float), (.05,.25,.5,.75,.95)))
 
-# %% ../../nbs/10_grids.ipynb #ddb7ec18
+# %% ../../nbs/10_grids.ipynb #e9acb4af
 def stats_column(grids)->dict:
     "The rows of `stats_table` for one collection."
     s = grid_stats(grids); cells = s.height*s.width; side = s[['height','width']].max(axis=1)
@@ -193,7 +193,7 @@ def stats_column(grids)->dict:
     return {
         'grids': len(s), 'black share, pooled': share((s.black*cells).sum()/cells.sum()), 'black share, mean': share(s.black),
         'black share, quantiles': _q(s.black), '0 is commonest': share(s.black_commonest), 'contains no 0': share(s.no_black),
-        'colours, mean': share(s.colours), **{f'{k} colours': share(s.colours==k) for k in (1,2,3,4)},
+        'colours, mean': share(s.colours), **{plural(k, 'colour'): share(s.colours==k) for k in (1,2,3,4)},
         '5 or more colours': share(s.colours>=5), 'entropy, bits/cell': share(s.entropy), 'height, quantiles': _q(s.height),
         'at most 10x10': share(side<=10), 'at most 16x16': share(side<=16), 'square': share(s.height==s.width),
         'components, mean': share(s.components), 'components, quantiles': _q(s.components),

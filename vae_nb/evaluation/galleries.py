@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt
 from scipy import ndimage
 from torch import Tensor
 
-# %% ../../nbs/43_galleries.ipynb #53d10975
+# %% ../../nbs/43_galleries.ipynb #d7562eb0
+from ..core import plural
 from ..data.grids import COLOR_NAMES, PAD, show_grid
 from .latents import encode_all
 from .metrics import reconstruct_all
@@ -91,7 +92,7 @@ def error_kinds(x, pred)->dict:
     return dict(missed=int((wrong & (p == 0)).sum()), recoloured=int((wrong & (x > 0) & (p > 0)).sum()),
                 ghost=int((wrong & (x == 0)).sum()))
 
-# %% ../../nbs/43_galleries.ipynb #98474837
+# %% ../../nbs/43_galleries.ipynb #b0068ac4
 def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
                     rank)->dict:                       # rank(name, value): share of the data with a smaller value
     "Evidence about one wrong reconstruction, and the `reason` that it supports."
@@ -99,13 +100,13 @@ def explain_failure(vae:VAE, grid:Tensor, pred:Tensor, # (H, W) each
     hit = [m for m in objs if (m & wrong).any()]
     alone = torch.stack([torch.where(torch.from_numpy(m).to(grid.device) | (grid == PAD), grid, 0) for m in hit]) if hit else grid[None][:0]
     right = (vae.reconstruct(alone) == alone).flatten(1).all(1).sum().item() if hit else 0
-    crowd = rank('objects', len(objs)); n = len(hit); top = f"{len(objs)} objects, more than {crowd:.0%} of grids"
+    crowd = rank('objects', len(objs)); n = len(hit); top = f"{plural(len(objs), 'object')}, more than {crowd:.0%} of grids"
     which = lambda n: 'the wrong object is' if n == 1 else f'all {n} wrong objects are'
-    if not hit: reason = f"ghost: {kinds['ghost']} cells painted beside objects that are all right"
+    if not hit: reason = f"ghost: {plural(kinds['ghost'], 'cell')} painted beside objects that are all right"
     elif right == n: reason = f"crowding: {which(n)} right when alone ({top})"
-    elif right == 0: reason = f"shape: {which(n)} wrong even alone ({', '.join(str(int(m.sum())) for m in hit)} cells)"
+    elif right == 0: reason = f"shape: {which(n)} wrong even alone ({', '.join(plural(int(m.sum()), 'cell') for m in hit)})"
     else: reason = f"both: {right} of {n} wrong objects are right alone ({top})"
-    if hit and kinds['ghost']: reason += f"; {kinds['ghost']} ghost cells beside them"
+    if hit and kinds['ghost']: reason += f"; {plural(kinds['ghost'], 'ghost cell')} beside them"
     return kinds | dict(wrong=int(wrong.sum()), objects=len(objs), wrong_objects=n, right_alone=right, crowd_rank=crowd, reason=reason)
 
 # %% ../../nbs/43_galleries.ipynb #d7355e01
@@ -120,7 +121,7 @@ def failure_gallery(vae:VAE, x:Tensor, # (N, H, W) data
     rate = lambda k: gaussian_kl(mu[k], logvar[k]).sum().item()
     return [dict(index=int(i), rate=rate(k)) | explain_failure(vae, x[i], pred[i], rank) for k, i in enumerate(order)]
 
-# %% ../../nbs/43_galleries.ipynb #b8694475
+# %% ../../nbs/43_galleries.ipynb #640d9344
 def show_failures(x, pred, failures, ncols=4, size=1.0):
     "Each failure as input and reconstruction side by side with its reason below; returns the axes."
     rows = -(-len(failures)//ncols)
@@ -129,7 +130,7 @@ def show_failures(x, pred, failures, ncols=4, size=1.0):
     for k, f in enumerate(failures):
         a, b = axs[k//ncols, 2*(k % ncols):2*(k % ncols) + 2]; i = f['index']
         show_grid(x[i], a); mark_errors(show_grid(pred[i], b), x[i], pred[i]); a.axis('on'); b.axis('on')
-        text = '\n'.join(_wrap(f"{f['wrong']} wrong cells. {f['reason']}", 34)); a.set_xlabel(text, fontsize=5.5, loc='left')
+        text = '\n'.join(_wrap(f"{plural(f['wrong'], 'wrong cell')}. {f['reason']}", 34)); a.set_xlabel(text, fontsize=5.5, loc='left')
     return axs
 
 def _wrap(text, width):

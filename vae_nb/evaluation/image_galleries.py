@@ -6,8 +6,8 @@
 __all__ = ['picture_signals', 'failure_rules', 'show_tiles', 'posterior_means', 'show_reconstructions', 'draw_prior',
            'show_samples', 'spherical', 'show_interpolations', 'show_traversals', 'pixel_features', 'nearest',
            'show_neighbours', 'radial_spectrum', 'band_rms', 'blur_ratio', 'plot_spectra', 'place', 'say', 'high',
-           'low', 'odd', 'most_extreme', 'explain_picture', 'look_at', 'excess_nll', 'picture_stats', 'error_stats',
-           'class_stats', 'image_failures', 'code_signals', 'reconstruction_signals', 'sample_signals',
+           'low', 'odd', 'most_extreme', 'nothing_unusual', 'explain_picture', 'look_at', 'excess_nll', 'picture_stats',
+           'error_stats', 'class_stats', 'image_failures', 'code_signals', 'reconstruction_signals', 'sample_signals',
            'show_image_failures']
 
 # %% ../../nbs/46_image_galleries.ipynb #71cafb87
@@ -208,11 +208,20 @@ failure_rules = dict(
         ('blurred', lambda e: low(e, 'fine'), 'fine', 'it has no detail'),
         ('rough', lambda e: high(e, 'fine'), 'fine', 'it has detail where others are smooth')])
 
-# %% ../../nbs/46_image_galleries.ipynb #c8c43424
-def most_extreme(e:dict)->str:
-    "The signal with the most extreme place, among those of which both ends or the upper end could be a reason."
+# %% ../../nbs/46_image_galleries.ipynb #4b0670ba
+def most_extreme(e:dict)->tuple: # (signal, how far out from 0.5 to 1)
+    "The signal with the most extreme place, among those of which both ends, or this one, could be a reason."
     ends = {k: max(e[k]['place'], 1 - e[k]['place']) for k in ('brightness', 'contrast', 'rate', 'fine') if k in e}
-    return max(ups := ends | {k: e[k]['place'] for k in ('code_distance', 'fine_error', 'coarse_error') if k in e}, key=ups.get)
+    ends |= {k: e[k]['place'] for k in ('code_distance', 'fine_error', 'coarse_error') if k in e}
+    if 'purity' in e and 'distance' in e: ends['purity'] = 1 - e['purity']['place']         # of a sample
+    return max(ends.items(), key=lambda kv: kv[1])
+
+def nothing_unusual(e:dict, shown:str, of:str)->str:
+    "Where no rule holds: how far the most unusual signal is out, and that the trouble, if there is any, stays unexplained."
+    signal, out = most_extreme(e)
+    edge = next((f'nothing beyond the {s}th percentile' for s in (95, 99) if out < s/100), 'no rule of the table holds')
+    text = f"{edge}; most unusual: {say(e, signal, of)}"
+    return f"{say(e, shown, of)}, and no signal explains it: {text}" if high(e, shown) else text
 
 def explain_picture(kind:str,     # 'reconstruction' or 'sample'
                     evidence:dict # {signal: dict(value, place)}
@@ -221,9 +230,8 @@ def explain_picture(kind:str,     # 'reconstruction' or 'sample'
     of = dict(reconstruction='test pictures', sample='reconstructed test pictures')[kind]
     rows = [(name, signal, why) for name, holds, signal, why in failure_rules[kind] if holds(evidence)]
     if not rows:
-        shown = dict(reconstruction='excess', sample='distance')[kind]; text = f"nothing unusual: {say(evidence, shown, of)}"
-        if high(evidence, shown): text += f"; no signal explains it, the nearest is {say(evidence, most_extreme(evidence), of)}"
-        return dict(reason='nothing unusual', also=[], hypothesis=text)
+        shown = dict(reconstruction='excess', sample='distance')[kind]
+        return dict(reason='nothing unusual', also=[], hypothesis=nothing_unusual(evidence, shown, of))
     name, signal, why = rows[0]; also = [r[0] for r in rows[1:]]
     text = f"{name}: {say(evidence, signal, of)}; {why}"
     if name == 'fine texture blurred': text = text.replace('; ', f"; {picture_signals['kept'].format(evidence['kept']['value'])}; ", 1)

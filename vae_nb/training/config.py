@@ -10,10 +10,10 @@ __all__ = ['image_defaults', 'worlds', 'likelihood_names', 'DataFields', 'ModelF
 from pathlib import Path
 from typing import Literal
 
-# %% ../../nbs/30_config.ipynb #bb9c9bae
+# %% ../../nbs/30_config.ipynb #523cf0c5
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ..core import UserError, nearest
+from ..core import UserError, invalid, nearest
 from ..data.datasets import AUGMENTATIONS
 from ..models.objective import beta_schedules, reductions, weightings
 
@@ -58,11 +58,12 @@ class DataFields(BaseModel):
     @property
     def augment_kinds(self): return () if self.augment == 'none' else tuple(self.augment.split(','))
 
-# %% ../../nbs/30_config.ipynb #3a3790df
+# %% ../../nbs/30_config.ipynb #0c6c1c90
 class ModelFields(DataFields):
     "What is trained, and on what."
     # model
-    likelihood: Literal[likelihood_names] = Field('categorical', description="what the pixels mean; grids are categorical")
+    likelihood: Literal[likelihood_names] = Field('categorical',
+        description="what the pixels mean; grids are categorical, binarised pictures bernoulli")
     sigma: Literal['fixed', 'learned', 'optimal'] = Field('learned', description="the gaussian likelihood's standard deviation")
     sigma_value: float = Field(1., gt=0, description="it, if fixed, and where it starts, if learned; pixels go from 0 to 1")
     mixtures: int = Field(10, ge=1, description="components of the logistic mixture")
@@ -141,19 +142,13 @@ def misfit(c)->str:
         if c.data == 'images' and not c.data_path: return 'data images needs data_path: name the folder or .tar of your pictures'
     return ''
 
-# %% ../../nbs/30_config.ipynb #daac3db3
+# %% ../../nbs/30_config.ipynb #465c9e4a
 def make_config(values:dict,       # field: value
                 where='the configuration' # named in errors
                )->TrainConfig:
     "A `TrainConfig` from plain values. Raises `UserError` naming the first field that is wrong."
     try: return TrainConfig(**values)
-    except ValidationError as e:
-        err = e.errors()[0]; name = '.'.join(map(str, err['loc']))
-        if err['type'] == 'extra_forbidden':
-            raise UserError(f"{name!r} in {where} is unknown.{nearest(name, TrainConfig.model_fields)}") from None
-        what = err['msg'].removeprefix('Value error, ').rstrip('.')
-        if not err['loc']: raise UserError(f"{where[0].upper() + where[1:]} cannot be used together: {what}.") from None
-        raise UserError(f"{name} = {err['input']!r} in {where} does not work: {what[0].lower() + what[1:]}.") from None
+    except ValidationError as e: raise invalid(e, where, TrainConfig.model_fields) from None
     except TypeError: raise UserError(f"{where} must map field names to values.") from None
 
 # %% ../../nbs/30_config.ipynb #a53c6c78

@@ -1,0 +1,81 @@
+"The doctor as a program: sound and broken runs, a VAE from elsewhere, exit codes."
+import json, shutil, subprocess, sys
+
+import pytest
+
+from vae_nb.data.datasets import make_dataset, save_dataset
+from vae_nb.debugging.diagnoses import DIAGNOSES, FOLLOWS, diagnose
+from vae_nb.debugging.findings import THRESHOLDS
+from vae_nb.training.trainer import fit
+
+SMALL = dict(width=8, depth=0, latent_dim=16, epochs=2, batch_size=64, lr=5e-3, focal_gamma=0, class_weights='none', device='cpu')
+PLAIN = '''
+"A VAE in plain PyTorch, without a line of vae_nb."
+import torch
+from torch import nn
+torch.manual_seed(0)
+bars = torch.zeros(1500, 1, 8, 8)
+for b, i, k in zip(bars, torch.randint(8, (1500,)), torch.randint(8, (1500,))): b[:, i] = 1; b[:, :, k] = 1
+data = bars.to(torch.uint8); train, x = data[:1000], data[1000:]
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12))
+        self.dec = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.Unflatten(1, (1, 8, 8)))
+model = Net(); opt = torch.optim.Adam(model.parameters(), 5e-3)
+def encode(x): return (h := model.enc(x.float()))[:, :6], h[:, 6:].clamp(-8, 4)
+def decode(z): return model.dec(DECODED)
+for step in range(600):
+    b = train[torch.randint(1000, (100,))]; mu, logvar = encode(b); z = mu + (logvar/2).exp()*torch.randn_like(mu)
+    nll = nn.functional.binary_cross_entropy_with_logits(decode(z), b.float(), reduction='sum')/100
+    loss = nll + 0.5*(mu**2 + logvar.exp() - 1 - logvar).sum()/100
+    opt.zero_grad(); loss.backward(); opt.step()
+'''
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    d = tmp_path_factory.mktemp('doctor'); save_dataset(d/'grids.npz', make_dataset('simplified', 2000, seed=3))
+    fit(SMALL | dict(data_path=str(d/'grids.npz'), reduction='mean_sum', beta_schedule='constant'), d/'run', progress='none')
+    return d/'run'
+
+
+def test_a_vae_in_plain_pytorch(tmp_path):
+    found = {}
+    for name, decoded in dict(sound='z', deaf='0*z').items():
+        (tmp_path/f'{name}.py').write_text(PLAIN.replace('DECODED', decoded))
+        r = diagnose(tmp_path/f'{name}.py', examples=400); found[name] = [f.name for f in r.findings]
+        assert 'metric_bug' in r.skipped and 'mode_bug' in r.checked      # there is no log, but there is a model
+    assert found['deaf'][0] == 'dead_decoder' and 'posterior_collapse' in found['deaf']
+    assert not {'dead_decoder', 'posterior_collapse', 'latent_bypass', 'mode_bug', 'wrong_range'} & set(found['sound'])
+
+
+def test_the_command_prints_writes_and_ends_with_the_code(run, cli, tmp_path):
+    p = cli('diagnose', run, '--device', 'cpu', '--examples', 100, '--out', tmp_path/'page')
+    assert p.returncode == 3 and '# Diagnosis of run' in p.stdout and '**Remedy:** change `reduction: sum`' in p.stdout
+    saved = json.loads((tmp_path/'page'/'diagnosis.json').read_text())
+    assert saved['findings'][0]['name'] == 'implicit_beta' and (tmp_path/'page'/'figures'/'implicit_beta.png').exists()
+    p = cli('diagnose', run, '--device', 'cpu', '--examples', 100, '--out', tmp_path/'page', '--as-json')
+    assert p.returncode == 3 and json.loads(p.stdout)['checked'] == saved['checked']
+
+
+def test_what_cannot_be_looked_at_is_said(run, cli, tmp_path):
+    p = cli('diagnose', tmp_path/'none'); assert p.returncode == 2 and 'no training run' in p.stderr
+    (tmp_path/'broken.py').write_text('raise ValueError("oh")')
+    p = cli('diagnose', tmp_path/'broken.py'); assert p.returncode == 2 and 'cannot be imported (ValueError: oh)' in p.stderr
+    early = tmp_path/'early'; shutil.copytree(run, early); shutil.rmtree(early/'checkpoint'); (early/'metrics.json').unlink()
+    r = diagnose(early, device='cpu', examples=100)              # killed before its first checkpoint: the log still speaks
+    assert [f.name for f in r.findings] == ['implicit_beta'] and r.skipped['posterior_collapse'] == 'there is no trained network'
+    (early/'events.jsonl').unlink(); r = diagnose(early, device='cpu'); assert not r.checked and r.exit_code == 2
+
+
+def test_the_tables_fit_together():
+    assert len(DIAGNOSES) == 22 and set(FOLLOWS) <= set(DIAGNOSES)
+    assert all(c in DIAGNOSES for causes in FOLLOWS.values() for c in causes)
+    assert all(t.why and t.unit is not None for t in THRESHOLDS.values())
+
+
+def test_the_doctor_does_not_know_the_faults():
+    "It must judge by what a user's own run has: no diagnosis and no probe imports the planted faults."
+    code = "import sys, vae_nb.diagnose; sys.exit(any('faults' in m for m in sys.modules))"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
