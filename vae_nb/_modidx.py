@@ -538,6 +538,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'vae_nb.debugging.probes._train_bound': ('probes.html#_train_bound', 'vae_nb/debugging/probes.py'),
                                          'vae_nb.debugging.probes._train_codes': ('probes.html#_train_codes', 'vae_nb/debugging/probes.py'),
                                          'vae_nb.debugging.probes._warmup_end': ('probes.html#_warmup_end', 'vae_nb/debugging/probes.py'),
+                                         'vae_nb.debugging.probes.as_numbers': ('probes.html#as_numbers', 'vae_nb/debugging/probes.py'),
                                          'vae_nb.debugging.probes.as_seen_by': ('probes.html#as_seen_by', 'vae_nb/debugging/probes.py'),
                                          'vae_nb.debugging.probes.counting_nats': ( 'probes.html#counting_nats',
                                                                                     'vae_nb/debugging/probes.py'),

@@ -38,7 +38,7 @@ def changed(p:Patient, **fields)->dict:
     "Of these fields of the configuration, those that are not so already."
     return {k: v for k, v in fields.items() if p.config is None or getattr(p.config, k) != v}
 
-# %% ../../nbs/52_diagnoses.ipynb #6db4a7cd
+# %% ../../nbs/52_diagnoses.ipynb #bb04fd76
 def draw_rates(p:Patient):
     def draw(ax): plot_kl_per_dim(p.rates.tolist(), ax); ax.set_title(f"{p.active} of {len(p.rates)} dimensions active", fontsize=8)
     return draw
@@ -55,7 +55,8 @@ def draw_pairs(p:Patient, n=8):
     def draw(ax):
         x = p.val[:n]; lik = p.vae.likelihood; made = lik.picture(p.vae.decode(p.codes[0][:n]))
         rows = [torch.cat(list(t.cpu().reshape(n, -1, *t.shape[-2:])[:, 0]), 1) for t in (lik.as_picture(x), made)]
-        ax.imshow(torch.cat(rows), cmap='nipy_spectral' if p.grids else 'gray', vmin=0, vmax=9 if p.grids else 255); ax.set_axis_off()
+        look = dict(cmap='nipy_spectral', vmax=9) if p.grids else dict(cmap='gray', vmax=255)
+        ax.imshow(torch.cat(rows).numpy(), vmin=0, **look); ax.set_axis_off()
     return draw
 
 # %% ../../nbs/52_diagnoses.ipynb #e79c682e
