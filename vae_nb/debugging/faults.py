@@ -155,7 +155,7 @@ def flipped_validation(share): # of the validation pictures
     def flip(x): n = round(share*len(x)); return torch.cat([x[:n].flip(-1), x[n:]])
     return wrapped((loop, 'validate', lambda old: lambda vae, x, *a, **kw: old(vae, flip(x), *a, **kw)))
 
-# %% ../../nbs/53_faults.ipynb #038489aa
+# %% ../../nbs/53_faults.ipynb #027372f4
 def _changed(change, **kw): return lambda params, shape: change(build_vae(params, shape), **kw)
 
 class Selected(nn.Module):
@@ -172,7 +172,7 @@ def _dead(vae, bias): # ReLU after a first layer whose bias is far below zero
 
 network_0 = _changed(lambda vae: vae)         # the healthy network, for runs whose folder should look like the others
 network_1, network_2 = _changed(_select, keep=0), _changed(_select, keep=0.25)
-network_3, network_4 = _changed(_dead, bias=-10.), _changed(_dead, bias=-1.)
+network_3, network_4 = _changed(_dead, bias=-10.), _changed(_dead, bias=-2.)
 
 # %% ../../nbs/53_faults.ipynb #d813a1c3
 class Leaky(VAE):
@@ -230,7 +230,7 @@ def _dropped(vae, p): vae.decoder = Dropped(vae.decoder, p); return vae
 network_12, network_13 = _changed(_dropped, p=0.5), _changed(_dropped, p=0.05)
 network_14 = _changed(_batchnorm)
 
-# %% ../../nbs/53_faults.ipynb #12b9b034
+# %% ../../nbs/53_faults.ipynb #aba8c84a
 def _transposed(vae, stages): # which of the upsamplings, None: all
     conv = vae.decoder.conv; ups = [i for i, m in enumerate(conv) if isinstance(m, nn.PixelShuffle)]
     for i in ups if stages is None else [ups[stages]]:
@@ -238,7 +238,7 @@ def _transposed(vae, stages): # which of the upsamplings, None: all
         conv[i] = nn.Identity()
     return vae
 
-network_15, network_16 = _changed(_transposed, stages=None), _changed(_transposed, stages=-1)
+network_15, network_16 = _changed(_transposed, stages=None), _changed(_transposed, stages=0)
 
 # %% ../../nbs/53_faults.ipynb #3348e224
 class Rescaled(nn.Module):
@@ -363,11 +363,11 @@ register('focal_and_weights', 'lying_weights', 'grids', "Rare colours are weight
 register('generous_free_bits', 'free_bits_zone', both, "More free bits than the data has information, in every dimension.",
          dict(strong=2., barely=0.5), lambda v: dict(free_bits=v))
 
-# %% ../../nbs/53_faults.ipynb #26fcc3f3
+# %% ../../nbs/53_faults.ipynb #9c912ab3
 register('encoder_left_behind', 'lagging_inference', both, "The optimiser never got the encoder's parameters, or steps far too small.",
          dict(strong=0., middle=0.003, barely=0.03), patch=slow_encoder)
 register('judged_in_warmup', 'schedule_bug', both, "The best checkpoint is chosen at the annealed beta, from the first epoch on.",
-         dict(strong=1., barely=0.5), lambda v: dict(beta_warmup=8*v), patch=lambda v: early_judge())
+         dict(strong=8., barely=6.5), lambda v: dict(beta_warmup=v), patch=lambda v: early_judge())
 register('warmup_too_long', 'schedule_bug', both, "The ramp of beta is longer than the training.",
          dict(strong=80., barely=12.), lambda v: dict(beta_warmup=v))
 register('rate_too_high', 'gradient_spikes', both, "A learning rate far too high, and nothing clips.",
