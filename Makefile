@@ -31,6 +31,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
 	touch $@
 
+# data sets that lie beside the clone are used where there are any; else they are downloaded
+ifneq ($(wildcard ../shared/data),)
+report report-all test: export VAE_NB_DATA ?= $(abspath ../shared/data)
+endif
+
 # ---- the report ----
 # `vae-nb run` prints the folder of the run, so that it can be promoted
 run_and_promote = run=$$($(BIN)/vae-nb run $(1) --profile $(PROFILE)) && $(BIN)/vae-nb promote "$$run"
@@ -45,10 +50,6 @@ report-all: $(STAMP)
 	@$(render)
 
 # ---- tests ----
-# data sets that lie beside the clone are used where there are any
-ifneq ($(wildcard ../shared/data),)
-test: export VAE_NB_DATA ?= $(abspath ../shared/data)
-endif
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/nbdev-test --n-workers 2
