@@ -168,3 +168,15 @@ def test_a_recorded_step_computes_what_the_usual_one_does(kind, data, tmp_path):
     for a, b in zip(logs[True], logs[False]):
         for k in ('loss', 'nll', 'kl', 'grad_norm'): assert a[k] == pytest.approx(b[k], rel=2e-2, abs=1e-2), (kind, a['step'], k)
     assert logs[True][-1]['loss'] < logs[True][0]['loss']
+
+
+def test_several_trainings_at_a_time_are_the_same_trainings(data, tmp_path):
+    from vae_nb.training.trainer import fit, fit_all
+    base = dict(data_path=str(data), epochs=1, width=8, depth=0, latent_dim=16, batch_size=64, lr=3e-3, device='cpu')
+    jobs = {str(tmp_path/f'at once {s}'): base | dict(seed=s) for s in (0, 1)}
+    done = fit_all(jobs, workers=2); alone = fit(base, tmp_path/'alone', progress='none')
+    assert list(done) == list(jobs) and done[str(tmp_path/'at once 0')]['nelbo'] == pytest.approx(alone['nelbo'], rel=1e-3)
+    when = lambda: (tmp_path/'at once 1'/'metrics.json').stat().st_mtime_ns
+    stamp = when(); assert fit_all(jobs, workers=2) == done and when() == stamp       # found, not trained again
+    wrong = {str(tmp_path/f'wrong {s}'): base | dict(seed=s, data_path=str(tmp_path/'none.npz')) for s in (0, 1)}
+    with pytest.raises(RuntimeError, match='no data set at'): fit_all(wrong, workers=2)
