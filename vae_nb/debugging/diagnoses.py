@@ -16,9 +16,9 @@ from pathlib import Path
 # %% ../../nbs/52_diagnoses.ipynb #5567f72b
 import numpy as np, torch
 
-# %% ../../nbs/52_diagnoses.ipynb #2052d293
+# %% ../../nbs/52_diagnoses.ipynb #563e2920
 from ..core import UserError
-from .findings import Evidence, Finding, Report, ordered, save_report, threshold
+from .findings import Evidence, Finding, Report, limit, ordered, save_report, threshold
 from .probes import Missing, Patient, open_module, open_run
 from ..evaluation.latents import plot_kl_per_dim
 
@@ -77,7 +77,7 @@ def implicit_beta(p):
                  remedy=changed(p, reduction='sum'), picture=draw_log(p, 'loss', 'nll', 'kl'),
                  advice='Sum over pixels and over dimensions, average over the batch only.')
 
-# %% ../../nbs/52_diagnoses.ipynb #76bf39d1
+# %% ../../nbs/52_diagnoses.ipynb #967a238b
 threshold('bent', 0.01, 'of the loss',
           'proposed: the parts of a sound loss reproduce it to five digits; weights that differ by cell do not')
 threshold('overshoot', 1.5, 'times', 'proposed: rare colours painted half as often again as they occur')
@@ -86,7 +86,7 @@ threshold('ece', 0.05, '', 'proposed: five points between what probabilities say
 @diagnosis('lying_weights', 'Charoenphakdee et al. 2021; Mukhoti et al. 2020 (focal loss is no proper likelihood)')
 def lying_weights(p):
     w, c = p.loss_weights, p.painted; worse = max((('overshoot', c['overshoot']), ('ece', c['ece'])),
-                                                  key=lambda kv: kv[1]/dict(overshoot=1.5, ece=.05)[kv[0]])
+                                                  key=lambda kv: kv[1]/limit(kv[0]))
     words = dict(overshoot='share of rare colours painted, over their share in the data', ece='calibration error of the painted colours')
     return found('lying_weights', "The loss that was minimised is not the likelihood, and the probabilities show it.",
                  [Evidence('what distortion and rate leave unexplained of the logged loss', w['off'], 'bent', '>'),
@@ -105,7 +105,7 @@ def wrong_likelihood(p):
                  [Evidence('values that the likelihood cannot say', bad, 'impossible', '>')],
                  remedy=changed(p, likelihood='logistic_mixture', binarise='none'))
 
-# %% ../../nbs/52_diagnoses.ipynb #2576e44f
+# %% ../../nbs/52_diagnoses.ipynb #fbd76bc6
 threshold('sigma_saves', 20, 'nats', 'proposed: what the best single sigma would save, far above the noise of a few hundred pictures')
 threshold('sigma_floor', 0.5/255, '', 'half the distance of two grey levels: a density has nothing to describe below it')
 
@@ -115,7 +115,7 @@ def likelihood_scale(p):
     return found('likelihood_scale', f"The likelihood's sigma is {s['sigma']:.3g}, its errors are {s['rmse']:.3g}.",
                  [Evidence('nats an example that the best sigma would save', s['saved'], 'sigma_saves', '>'),
                   Evidence('sigma', s['sigma'], unit=''), Evidence('root mean square error', s['rmse'], unit='')],
-                 remedy=changed(p, sigma='optimal'), picture=draw_pairs(p)) if s['sigma'] > 0.5/255 else None
+                 remedy=changed(p, sigma='optimal'), picture=draw_pairs(p)) if s['sigma'] > limit('sigma_floor') else None
 
 @diagnosis('degenerate_variance', 'Mattei & Frellsen 2018; Rybkin et al. 2021, section 5.3')
 def degenerate_variance(p):
@@ -123,7 +123,7 @@ def degenerate_variance(p):
                  [Evidence('sigma of the likelihood', p.sigma['sigma'], 'sigma_floor', '<')],
                  remedy=changed(p, likelihood='logistic_mixture'))
 
-# %% ../../nbs/52_diagnoses.ipynb #eb9d4c05
+# %% ../../nbs/52_diagnoses.ipynb #aba3b427
 threshold('no_rate', 0.5, 'nats', 'proposed: less than one bit; healthy runs of both worlds are above 10 nats')
 threshold('not_heard', 0.5, 'nats', "proposed: what a stranger's code costs more; healthy runs lose tens of nats")
 threshold('idle', 0.5, 'of the dimensions', 'proposed: half of the code unused')
@@ -144,8 +144,8 @@ def posterior_collapse(p):
 
 @diagnosis('partial_collapse', 'Burda et al. 2016; Dai & Wipf 2019')
 def partial_collapse(p):
-    idle = (p.rates < 0.01).float().mean().item(); used = int((p.rates >= 0.01).sum())
-    if p.bound['kl'] < 0.5: return None                       # that is collapse itself
+    low = limit('idle_rate'); idle = (p.rates < low).float().mean().item(); used = int((p.rates >= low).sum())
+    if p.bound['kl'] < limit('no_rate'): return None                       # that is collapse itself
     return found('partial_collapse', f"{len(p.rates) - used} of {len(p.rates)} dimensions of the code are unused.",
                  [Evidence('dimensions with a rate below a hundredth of a nat', idle, 'idle', '>')],
                  advice=f'Mostly harmless; a code of about {max(4, 2*used)} numbers would do.', picture=draw_rates(p))
@@ -246,7 +246,7 @@ def wrong_range(p):
                  [Evidence('mean residual over its spread', abs(p.bias), 'bias', '>')], picture=draw_pairs(p),
                  advice='Compare the range of the data with what the network takes and gives: 0 to 255, 0 to 1, or -1 to 1.')
 
-# %% ../../nbs/52_diagnoses.ipynb #3fdc82d4
+# %% ../../nbs/52_diagnoses.ipynb #c38f9e41
 threshold('logvar_high', 5, '', 'the sound range ends at 4 here, and a posterior twelve times as wide as the prior describes nothing')
 threshold('logvar_low', -15.9, '', 'the sound range ends at -16: a standard deviation of a three-thousandth')
 threshold('skipped', 0., 'of the steps', 'no step of a healthy run has a gradient that is not finite')
@@ -259,7 +259,7 @@ threshold('gap', 0.05, 'of the NELBO', 'proposed: between validation and trainin
 def logvar_overflow(p):
     v, g = p.logvars, p.gradients; lost = sum(e.get('kind') == 'nonfinite' for e in p.events)
     if lost: evidence = [Evidence('steps whose gradient was not finite', lost/max(len(p.steps), lost), 'skipped', '>')]
-    elif v['highest'] > 5: evidence = [Evidence('largest log-variance that was seen', v['highest'], 'logvar_high', '>')]
+    elif v['highest'] > limit('logvar_high'): evidence = [Evidence('largest log-variance that was seen', v['highest'], 'logvar_high', '>')]
     else: evidence = [Evidence('smallest log-variance that was seen', v['lowest'], 'logvar_low', '<')]
     return found('logvar_overflow', "Posterior variances have left the range in which numbers work.", evidence,
                  remedy=changed(p, clip_norm=200.) if g['skipped'] else {},
@@ -269,7 +269,7 @@ def logvar_overflow(p):
 @diagnosis('gradient_spikes', 'Child 2021 (VDVAE); Hazami et al. 2022')
 def gradient_spikes(p):
     g = p.gradients; norms = [e['grad_norm'] for e in p.steps[len(p.steps)//2:]]; high = float(np.nanpercentile(norms, 95)) if norms else 0.
-    much = g['clipped'] > 0.5
+    much = g['clipped'] > limit('clipped')
     e = Evidence('steps whose gradient was clipped', g['clipped'], 'clipped',
                  '>') if much else Evidence('99th percentile of the gradient norm over its median', g['spike'], 'spike', '>')
     remedy = changed(p, clip_norm=float(f'{high:.2g}')) if high and p.config is not None else {}
@@ -294,14 +294,14 @@ def overfitting(p):
                   Evidence('in nats', gap, unit='nats')],
                  remedy=remedy, advice='More data helps most; then stopping early, augmentation, a smaller network.')
 
-# %% ../../nbs/52_diagnoses.ipynb #03a2ef18
+# %% ../../nbs/52_diagnoses.ipynb #7feb018f
 threshold('early', 1, 'of the warm-up', 'before the end of the warm-up every score is measured at a price that is too low')
 threshold('uncounted', 0.02, 'of the rate', 'a bound counts all of the rate')
 
 @diagnosis('schedule_bug', 'Sonderby et al. 2016; Fu et al. 2019')
 def schedule_bug(p):
     s, end = p.said, p.warmup_end; lost = (s['nll'] + s['kl'] - s['nelbo'])/max(abs(s['kl']), 1e-9)
-    if lost > 0.02: evidence = [Evidence('share of the rate that the validation score left out', lost, 'uncounted', '>')]
+    if lost > limit('uncounted'): evidence = [Evidence('share of the rate that the validation score left out', lost, 'uncounted', '>')]
     elif end and s.get('best_epoch') is not None: evidence = [Evidence('epoch whose weights were kept, over the end of the warm-up',
                                                                        s['best_epoch']/end, 'early', '<')]
     else: return None
@@ -338,14 +338,13 @@ def explain_away(findings:list)->list:
     for f in findings: f.follows = next((c for c in FOLLOWS.get(f.name, ()) if c in names), '')
     return ordered(findings)
 
-# %% ../../nbs/52_diagnoses.ipynb #20fb9e3d
+# %% ../../nbs/52_diagnoses.ipynb #1ad6c2c9
 def examine(p:Patient)->Report:
     "All diagnoses of one patient."
     findings, checked, skipped = [], [], {}
     for name, (f, _) in DIAGNOSES.items():
         try: finding = f(p)
-        except Missing as e: skipped[name] = str(e); continue
-        except UserError as e: skipped[name] = str(e); continue
+        except (Missing, UserError) as e: skipped[name] = str(e); continue
         checked.append(name)
         if finding is not None: findings.append(finding)
     return Report(p.name, explain_away(findings), checked, skipped, first_look(p))
