@@ -1,9 +1,12 @@
-"""Training speed: examples a second of the capacity network by precision and torch.compile, and what the signals cost.
+"""Training speed: examples a second of the capacity network by precision and torch.compile; what the signals, the watch that reads
+them and the panel that draws them cost.
 
     python benchmarks/train.py [--device cpu] [--steps 60] [--width 32] [--depth 0] [--batch-size 64] [--threads 2]
     python benchmarks/train.py --images                  # black and white Fashion-MNIST, here and in pythae: make peers
 
-Each row is timed in alternating rounds with the first, so that a busy machine hurts all rows alike; medians are printed.
+Each row is timed in alternating rounds with the first, so that a busy machine hurts all rows alike; medians are printed. The panel
+draws seldom, so its cost is the time it spent drawing over the time of the steps, not a median.
+MEASURED
 
 With --images a round is one pass over `steps` batches of the same pictures through the same network (flat code) on both sides:
 here `Trainer.step` with its signals, averaged weights, clipping and schedule; in pythae `BaseTrainer.train_step`, with Adam and its
@@ -26,7 +29,8 @@ from vae_nb.models.networks import count_parameters
 from vae_nb.runs import EventLog, markdown_table
 from vae_nb.training.config import TrainConfig
 from vae_nb.training.signals import SignalBuffer, gradient_norms, step_fields
-from vae_nb.training.trainer import Trainer
+from vae_nb.training.trainer import Progress, Trainer
+from vae_nb.training.watch import Panel
 
 
 class Plain(Trainer):
@@ -41,12 +45,18 @@ class Plain(Trainer):
 class Silent:
     def add(self, *a, **k): pass
 
+class Still:
+    "Stands for JupyterLab, which takes the drawing."
+    def update(self, picture): pass
 
-def trainer(a, dataset, folder, signals=True, **changes):
+
+def trainer(a, dataset, folder, signals=True, watch=True, panel=False, **changes):
     c = TrainConfig(width=a.width, depth=a.depth, hidden=a.hidden, batch_size=a.batch_size, device=a.device,
                     focal_gamma=0, class_weights='none', **changes)
-    tr = (Trainer if signals else Plain)(c, folder, dataset, 'none'); tr.log = EventLog(f'{folder}/events.jsonl')
-    tr.signals = SignalBuffer(tr.log, c.latent_dim, tr.device) if signals else Silent()
+    tr = (Trainer if signals else Plain)(c, folder, dataset, 'none'); tr.log = EventLog(f'{folder}/events.jsonl'); tr.bar = Progress(tr)
+    if panel: tr.bar.panel = Panel(); tr.bar.panel.handle = Still()
+    if signals and watch: tr.start_watch()
+    else: tr.signals = SignalBuffer(tr.log, c.latent_dim, tr.device) if signals else Silent()
     return tr
 
 
@@ -122,7 +132,8 @@ def main():
     except UserError as e: p.exit(2, f'{e}\n')
     if a.threads: torch.set_num_threads(a.threads)
     data = make_dataset('simplified', 10_000, seed=0)
-    kinds = {'float32': dict(precision='float32'), 'float32, no signals': dict(precision='float32', signals=False),
+    kinds = {'float32': dict(precision='float32'), 'float32, signals that nobody reads': dict(precision='float32', watch=False),
+             'float32, no signals': dict(precision='float32', signals=False), 'float32, with a panel': dict(precision='float32', panel=True),
              'bfloat16': dict(precision='bfloat16')}
     if not a.no_compile: kinds |= {f'{k}, compiled': dict(precision=k, compile=True) for k in ('float32', 'bfloat16')}
     with tempfile.TemporaryDirectory() as d:
@@ -137,8 +148,11 @@ def main():
     print(f'{where}; width {a.width}, depth {a.depth}, hidden {a.hidden}, batch {a.batch_size}, {a.rounds} rounds of {a.steps} steps\n')
     print(markdown_table([{'variant': k, 'ms a step': m*1e3, 'examples/s': round(a.batch_size/m), 'step time over float32': ratio[k],
                            'first three steps, s a step': first[k]} for k, m in med.items()]))
-    cost = statistics.median(1 - y/x for x, y in zip(times['float32'], times['float32, no signals']))
-    print(f'\nSignals cost {cost:.2%} of a step ({base*1e3:.2f} ms).')
+    cost = lambda less, more: statistics.median(1 - y/x for x, y in zip(times[more], times[less]))
+    panel, drawn = trainers['float32, with a panel'].bar.panel, sum(times['float32, with a panel'])*a.steps
+    print(f'\nSignals and watch cost {cost("float32, no signals", "float32"):.2%} of a step ({base*1e3:.2f} ms), the watch alone '
+          f'{cost("float32, signals that nobody reads", "float32"):.2%}. The panel drew for {panel.spent:.2f} s beside {drawn:.1f} s of '
+          f'steps: {panel.spent/drawn:.2%}.')
 
 
 if __name__ == '__main__': main()

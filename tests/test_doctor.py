@@ -1,11 +1,13 @@
 "The doctor as a program: sound and broken runs, a VAE from elsewhere, exit codes."
 import json, shutil, subprocess, sys
+from pathlib import Path
 
 import pytest
 
 from vae_nb.data.datasets import make_dataset, save_dataset
-from vae_nb.debugging.diagnoses import DIAGNOSES, FOLLOWS, diagnose
+from vae_nb.debugging.diagnoses import DIAGNOSES, FOLLOWS, ROOTS, diagnose
 from vae_nb.debugging.findings import THRESHOLDS
+from vae_nb.runs import read_events
 from vae_nb.training.trainer import fit
 
 SMALL = dict(width=8, depth=0, latent_dim=16, epochs=2, batch_size=64, lr=5e-3, focal_gamma=0, class_weights='none', device='cpu')
@@ -70,8 +72,10 @@ def test_what_cannot_be_looked_at_is_said(run, cli, tmp_path):
 
 
 def test_the_tables_fit_together():
-    assert len(DIAGNOSES) == 22 and set(FOLLOWS) <= set(DIAGNOSES)
-    assert all(c in DIAGNOSES for causes in FOLLOWS.values() for c in causes)
+    from vae_nb.debugging.faults import FAULTS, diagnoses
+    assert set(DIAGNOSES) == set(diagnoses) == {f.diagnosis for f in FAULTS.values()} and len(DIAGNOSES) == 23
+    assert set(FOLLOWS) | set(ROOTS) <= set(DIAGNOSES)
+    assert all(c in DIAGNOSES for table in (FOLLOWS, ROOTS) for causes in table.values() for c in causes)
     assert all(t.why and t.unit is not None for t in THRESHOLDS.values())
 
 
@@ -79,3 +83,61 @@ def test_the_doctor_does_not_know_the_faults():
     "It must judge by what a user's own run has: no diagnosis and no probe imports the planted faults."
     code = "import sys, vae_nb.diagnose; sys.exit(any('faults' in m for m in sys.modules))"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_a_fault_under_a_neutral_name_is_named_by_its_folder_alone(tmp_path):
+    "The folder tells nothing of what was planted, in its name or in any file, and a process that never saw the fault names it."
+    from vae_nb.debugging.faults import FAULTS, diagnoses
+    from vae_nb.debugging.scorecard import Case, run_cases
+    case = Case('grids', 'hidden_average', 'strong', 5); short = dict(epochs=2, train_limit=600, val_limit=200)
+    run_cases([case], tmp_path, 1, short, 100, None); folder = tmp_path/case.label
+    words = [w.encode() for w in (*FAULTS, *diagnoses)]
+    for p in folder.rglob('*'): assert not any(w in p.name.encode() or p.is_file() and w in p.read_bytes() for w in words), p
+    moved = tmp_path/'somebody'/'run_17'; moved.parent.mkdir(); folder.rename(moved)
+    code = f"from vae_nb.diagnose import diagnose; import sys; r = diagnose({str(moved)!r}, device='cpu', examples=100); " \
+           "assert r.findings[0].name == 'implicit_beta'; assert not any('faults' in m for m in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).returncode == 0
+
+
+def test_mend_changes_the_configuration_trains_again_and_compares(run, cli, tmp_path):
+    ill = tmp_path/'ill'; shutil.copytree(run, ill)
+    p = cli('diagnose', ill, '--device', 'cpu', '--examples', 100, '--mend'); assert p.returncode == 3, p.stderr
+    assert '## Mended: implicit beta' in p.stdout and '+ reduction: sum' in p.stdout and 'The finding is **gone**' in p.stdout
+    m = json.loads((ill/'mended'/'mend.json').read_text()); before, after = (json.loads((d/'config.json').read_text())
+                                                                             for d in (ill, ill/'mended'))
+    assert m['difference'] < 0 and m['gone'] and (ill/'mended'/'mend.png').stat().st_size > 1000
+    assert {k for k in before['params'] if before['params'][k] != after['params'][k]} == {'reduction'} and before['seed'] == after['seed']
+    p = cli('diagnose', ill, '--device', 'cpu', '--examples', 100, '--mend', '--as-json')          # a second time: found trained
+    assert json.loads(p.stdout)['mended']['difference'] == m['difference']
+
+
+def test_what_cannot_be_mended_is_said(run, cli, tmp_path):
+    (tmp_path/'theirs.py').write_text(PLAIN.replace('DECODED', 'z'))
+    p = cli('diagnose', tmp_path/'theirs.py', '--mend'); assert p.returncode == 2 and 'no configuration' in p.stderr
+    lying = tmp_path/'lying'; shutil.copytree(run, lying)                  # the log lies about the weights: nothing to configure
+    for name in ('metrics.json', 'config.json'):
+        d = json.loads((lying/name).read_text())
+        if name == 'metrics.json': d['metrics']['nelbo'] = d['metrics']['kl'] = 0.
+        else: d['params'] |= dict(reduction='sum')
+        (lying/name).write_text(json.dumps(d))
+    (lying/'events.jsonl').unlink(); p = cli('diagnose', lying, '--device', 'cpu', '--examples', 100, '--mend')
+    assert p.returncode == 3 and ('No configuration can mend' in p.stderr or 'Mended' in p.stdout) and 'Traceback' not in p.stderr
+
+
+@pytest.mark.parametrize('stop', ['', 'collapse'])
+def test_a_running_training_warns_once_and_stops_if_told(run, cli, tmp_path, stop):
+    path = json.loads((run/'config.json').read_text())['params']['data_path']
+    args = '--width 8 --depth 0 --latent-dim 16 --epochs 30 --batch-size 64 --lr 0.005 --focal-gamma 0 --class-weights none --device cpu'
+    more = ['--reduction', 'mean_mean', '--beta-schedule', 'constant', '--beta-max', '20']
+    p = cli('train', '--data-path', path, *args.split(), *more, '--out', tmp_path/'run', *(['--stop-on', stop] if stop else []))
+    assert p.returncode == 0, p.stderr
+    warned = read_events(tmp_path/'run'/'events.jsonl', 'warning'); names = [w['finding'] for w in warned]
+    assert names.count('posterior_collapse') == 1 and len(names) == len(set(names))
+    m = json.loads((tmp_path/'run'/'metrics.json').read_text())['metrics']
+    assert (m['status'], m['steps'] < 750) == (('posterior_collapse', True) if stop else ('epochs', False))
+    assert (p.stdout + p.stderr).count('posterior_collapse: the rate is') == 1
+
+
+def test_a_misspelt_warning_is_one_sentence(run, cli, tmp_path):
+    p = cli('train', '--stop-on', 'colapse', '--out', tmp_path/'run'); assert p.returncode == 2
+    assert "Did you mean 'collapse'?" in p.stderr and not Path(tmp_path/'run').exists()

@@ -9,7 +9,7 @@ from vae_nb.runs import load_profiles, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT/'experiments').glob('*.ipynb'))
-NEEDS_PICTURES, PICTURES = ('fashion_mnist', 'stability'), load_settings().data/'FashionMNIST'/'raw'
+NEEDS_PICTURES, PICTURES = ('fashion_mnist', 'stability', 'doctor'), load_settings().data/'FashionMNIST'/'raw'
 ENV = {k: v for k, v in os.environ.items() if k != 'VAE_NB_RUN'} | dict(OMP_NUM_THREADS='1')
 
 

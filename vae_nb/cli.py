@@ -150,7 +150,8 @@ def _diagnose():
     what = Annotated[Path, typer.Argument(help="folder of a training, or a Python file that defines encode, decode and x", metavar='RUN')]
     where = inspect.Parameter('run', inspect.Parameter.KEYWORD_ONLY, annotation=what)
     return (with_options(run, [where, *function_options(diagnose, skip=['run'])], diagnose.__doc__ + " Ends with 0: sound, 3: findings, 2: "
-                         "could not look."), _examples('vae-nb diagnose runs/train/trial', 'vae-nb diagnose my_vae.py --examples 500'))
+                         "could not look."), _examples('vae-nb diagnose runs/train/trial', 'vae-nb diagnose runs/train/trial --mend',
+                                                'vae-nb diagnose my_vae.py --examples 500'))
 
 # %% ../nbs/93_cli.ipynb #34de291c
 def _say(result):

@@ -38,7 +38,7 @@ from ..training.trainer import NonFiniteError, Trainer, build_vae, fit, load_dat
 
 # %% ../../nbs/53_faults.ipynb #7ecd8605
 _healthy = dict(
-    grids=dict(latent_dim=64, batch_size=16, epochs=8, lr=1e-2, focal_gamma=0., class_weights='none'),
+    grids=dict(latent_dim=32, batch_size=32, epochs=8, lr=1.5e-2, focal_gamma=0., class_weights='none'),
     images=dict(data='fashion_mnist', binarise='dynamic', latent_dim=16, hidden=128, batch_size=32, epochs=8, lr=3e-3,
                 train_limit=4000, val_limit=1000))
 
@@ -307,7 +307,7 @@ network_22, network_23, network_24 = _own(GreyBernoulli), _own(OrdinalColours), 
 diagnoses = ('posterior_collapse', 'partial_collapse', 'lagging_inference', 'kl_explosion', 'implicit_beta', 'likelihood_scale',
              'degenerate_variance', 'wrong_likelihood', 'background_collapse', 'lying_weights', 'prior_hole', 'dead_decoder',
              'latent_bypass', 'logvar_overflow', 'gradient_spikes', 'wrong_range', 'mode_bug', 'checkerboard', 'overfitting',
-             'schedule_bug', 'free_bits_zone', 'metric_bug')
+             'schedule_bug', 'free_bits_zone', 'metric_bug', 'reparameterisation_bug')
 
 @dataclass(frozen=True)
 class Fault:
@@ -390,7 +390,7 @@ register('dead_relus', 'dead_decoder', both, "The decoder's first ReLUs start, o
          dict(strong=3, barely=4), build=int)
 register('input_leaks', 'latent_bypass', both, "A skip connection shows the decoder the input, its patches, or only its overall colours.",
          dict(strong=5, middle=6, barely=7), build=int)
-register('sigma_mistaken', 'logvar_overflow', both, "logvar is used as sigma. (barely: exp(logvar), the one half is forgotten)",
+register('sigma_mistaken', 'reparameterisation_bug', both, "logvar is used as sigma. (barely: exp(logvar), the one half is forgotten)",
          dict(strong=8, barely=9), build=int)
 register('clamp_removed', 'logvar_overflow', both, "Nobody bounds the log-variance, and the last layer starts too large.",
          dict(strong=10, barely=11), lambda v: dict(clip_norm=0.), build=int)

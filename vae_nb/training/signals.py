@@ -40,8 +40,10 @@ def signal_row(t:Terms, loss:Tensor,
 # %% ../../nbs/31_signals.ipynb #74acdca7
 class SignalBuffer:
     "Collects a row a step on the device and writes them to an event log, `every` steps at a time."
-    def __init__(self, log:EventLog, latent_dim:int, device, every:int=50):
-        self.log, self.every = log, every
+    def __init__(self, log:EventLog, latent_dim:int, device, every:int=50,
+                 listen=None # called with the events that were written
+                ):
+        self.log, self.every, self.listen = log, every, listen
         self.rows = torch.zeros(every, len(step_fields) + latent_dim, device=device)
         self.notes, self.since, self.examples = [], time.perf_counter(), 0
 
@@ -61,9 +63,11 @@ def flush(self:SignalBuffer):
     rate = _short(self.examples/max(1e-9, time.perf_counter() - self.since)); n = len(step_fields)
     rows = self.rows[:len(self.notes), :n].tolist(); few = self.rows.shape[1] - n <= many_dimensions
     rates = {i: self.rows[i, n:].tolist() for i in (range(len(rows)) if few else [len(rows) - 1])}
-    self.log.write(*[dict(kind='step', **note, **{f: _short(v) for f, v in zip(step_fields, row)}, examples_per_s=rate,
-                          **(dict(kl_per_dim=[_short(v) for v in rates[i]]) if i in rates else {}))
-                     for i, (note, row) in enumerate(zip(self.notes, rows))])
+    events = [dict(kind='step', **note, **{f: _short(v) for f, v in zip(step_fields, row)}, examples_per_s=rate,
+                   **(dict(kl_per_dim=[_short(v) for v in rates[i]]) if i in rates else {}))
+              for i, (note, row) in enumerate(zip(self.notes, rows))]
+    self.log.write(*events)
+    if self.listen: self.listen(events)
     self.restart()
 
 def restart(self:SignalBuffer):
