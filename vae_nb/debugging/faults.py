@@ -6,11 +6,11 @@
 __all__ = ['network_0', 'network_1', 'network_2', 'network_3', 'network_4', 'network_5', 'network_6', 'network_7', 'network_8',
            'network_9', 'network_10', 'network_11', 'network_12', 'network_13', 'network_14', 'network_15',
            'network_16', 'network_17', 'network_18', 'network_19', 'network_20', 'network_21', 'network_22',
-           'network_23', 'network_24', 'diagnoses', 'FAULTS', 'both', 'grey', 'PAIRS', 'healthy', 'world_data',
-           'wrapped', 'reweigh', 'slow_encoder', 'early_judge', 'dimmed_training', 'validate_on_training', 'wrong_sign',
-           'rescaled_nll', 'flipped_validation', 'Selected', 'Leaky', 'Noisy', 'Noisier', 'Unbounded', 'Dropped',
-           'Rescaled', 'PixelSigma', 'TanhMean', 'GreyBernoulli', 'OrdinalColours', 'Fault', 'register', 'get_fault',
-           'plant', 'plant_pair']
+           'network_23', 'network_24', 'diagnoses', 'FAULTS', 'both', 'grey', 'bytes_', 'PAIRS', 'healthy',
+           'world_data', 'wrapped', 'reweigh', 'slow_encoder', 'early_judge', 'dimmed_training', 'validate_on_training',
+           'wrong_sign', 'rescaled_nll', 'flipped_validation', 'Selected', 'Leaky', 'Noisy', 'Noisier', 'Unbounded',
+           'Dropped', 'Rescaled', 'PixelSigma', 'TanhMean', 'GreyBernoulli', 'OrdinalColours', 'Fault', 'register',
+           'get_fault', 'plant', 'plant_pair']
 
 # %% ../../nbs/53_faults.ipynb #f4823ee9
 import math
@@ -339,7 +339,8 @@ def get_fault(name)->Fault:
     return FAULTS[check_choice('Fault', name, list(FAULTS))]
 
 # %% ../../nbs/53_faults.ipynb #4a116a08
-both = 'grids images'; grey = dict(binarise='none', likelihood='gaussian', sigma='optimal')
+both = 'grids images'; grey = dict(binarise='none', likelihood='gaussian', sigma='optimal', clip_norm=2000.)
+bytes_ = dict(binarise='none', likelihood='logistic_mixture', mixtures=3, clip_norm=5000.)
 
 register('cells_averaged', 'implicit_beta', both, "The reconstruction is a mean over cells, the rate a sum.",
          dict(strong=1., barely=0.01), lambda v: dict(reduction='mean_sum', beta_max=v))
@@ -350,9 +351,9 @@ register('code_averaged', 'implicit_beta', both, "The rate is a mean over the co
 register('kl_forgotten', 'kl_explosion', both, "beta is 1, but the loss lacks the rate, or has it without a gradient.",
          dict(strong=False, barely=True), patch=lambda v: reweigh(detach=True) if v else reweigh(kl=lambda t: 0.))
 register('beta_ends_at_zero', 'kl_explosion', both, "beta is 0, or nearly: an autoencoder that adds noise.",
-         dict(strong=0., barely=1e-3), lambda v: dict(beta_max=v))
+         dict(strong=0., barely=0.02), lambda v: dict(beta_max=v))
 register('beta_tuned_for_pictures', 'prior_hole', both, "A beta chosen because the reconstructions look sharper.",
-         dict(strong=0.02, barely=0.3), lambda v: dict(beta_max=v))
+         dict(strong=0.2, barely=0.5), lambda v: dict(beta_max=v))
 register('heavy_beta', 'posterior_collapse', both, "beta was taken from a paper with another scale of loss, and never annealed.",
          dict(strong=100., middle=10., barely=3.), lambda v: dict(beta_max=v, beta_schedule='constant'))
 register('weights_by_frequency', 'background_collapse', 'grids', "Class weights grow with the frequency of a colour, not with its rarity.",
@@ -380,6 +381,8 @@ register('training_dimmed', 'wrong_range', 'images', "Training pictures are scal
          dict(strong=0.5, barely=0.9), patch=dimmed_training)
 register('code_too_large', 'partial_collapse', 'grids', "Far more code dimensions than the data needs.",
          dict(strong=512, barely=128), lambda v: dict(latent_dim=v))
+register('density_on_black', 'degenerate_variance', 'images', "A density for pixels of which half are exactly black.", dict(strong=1),
+         lambda v: dict(likelihood='continuous_bernoulli'), base=bytes_)
 register('sigma_one', 'likelihood_scale', 'images', "Squared error, that is sigma = 1, on pixels from 0 to 1.",
          dict(strong=1., barely=0.3), lambda v: dict(sigma='fixed', sigma_value=v), base=grey)
 
@@ -405,7 +408,7 @@ register('tanh_output', 'wrong_range', 'images', "tanh as the last layer, on dat
 register('sigma_of_each_pixel', 'degenerate_variance', 'images', "A sigma for every pixel without a floor, and corners always black.",
          dict(strong=19, barely=20), build=int, base=grey)
 register('grey_cross_entropy', 'wrong_likelihood', 'images', "Binary cross-entropy on grey levels.", dict(strong=22), build=int,
-         base=dict(binarise='none', likelihood='continuous_bernoulli'))
+         base=bytes_)
 register('colours_as_numbers', 'wrong_likelihood', 'grids', "Colours are regressed as numbers from 0 to 9.",
          dict(strong=23, barely=24), build=int)
 

@@ -160,12 +160,17 @@ def _skill(self):
     if self.vae.likelihood.discrete: return 1 - self.bound['nelbo']/self.counting
     return (self.counting - self.bound['nelbo'])/(self.val[0].numel()*math.log(2))
 def _shuffled(self): return shuffled_nll(self.vae, self.val, self.seed, 250)
+def _size(self):
+    "What differences in nats are held against: the NELBO's size; for a density, which may be near zero, at least two bits a cell."
+    least = 1e-9 if self.vae.likelihood.discrete else 2*self.val[0].numel()*math.log(2)
+    return max(abs(self.bound['nelbo']), least)
 
 def probe(name, f):
     "Make `f` a probe: an attribute of every `Patient`, computed once."
     p = cached_property(f); p.__set_name__(Patient, name); setattr(Patient, name, p)
 
-for n, f in dict(bound=_bound, train_bound=_train_bound, counting=_counting, skill=_skill, shuffled=_shuffled).items(): probe(n, f)
+for n, f in dict(bound=_bound, train_bound=_train_bound, counting=_counting, skill=_skill, shuffled=_shuffled,
+                 size=_size).items(): probe(n, f)
 
 # %% ../../nbs/51_probes.ipynb #7f84bc32
 @torch.no_grad()
@@ -201,10 +206,10 @@ def _said(self): return self._need(self.summary, 'summary: the training did not 
 @torch.no_grad()
 def _loss_weights(self):
     """What the logged loss really pays: a and b of loss = a x distortion + b x (beta x rate), fitted to the steps, with the share of
-    the loss's variance that this explains."""
+    the loss's variance that this explains. A rate that is logged with the wrong sign counts by its size."""
     s = [e for e in self._need(self.steps, 'log of steps') if all(math.isfinite(e.get(k, math.nan)) for k in ('loss', 'nll', 'kl', 'beta'))]
     if len(s) < 20: raise Missing('the log has fewer than 20 finite steps')
-    y = np.array([e['loss'] for e in s]); A = np.stack([[e['nll'] for e in s], [e['beta']*e['kl'] for e in s]], 1)
+    y = np.array([e['loss'] for e in s]); A = np.stack([[e['nll'] for e in s], [e['beta']*abs(e['kl']) for e in s]], 1)
     scale = np.abs(A).max(0).clip(1e-12); w = np.linalg.lstsq(A/scale, y, rcond=None)[0]/scale; r = y - A @ w
     paid = np.abs(A[:, 1]).max() > 1e-3*np.abs(A[:, 0]*w[0]).max()          # else the second weight is not seen in the loss
     return dict(a=float(w[0]), b=float(w[1]) if paid else math.nan, explained=1 - float(r.var()/max(y.var(), 1e-12)),
@@ -251,7 +256,8 @@ def _modes(self):
     cost = lambda size: measure_nelbo(vae, x, self.seed, size)['nelbo']
     noise = torch.randn(len(x), vae.latent_dim, generator=new_generator(self.seed, 'again', device=x.device), device=x.device)
     again = (vae.eval()(x, noise).nelbo - vae(x, noise).nelbo).abs().mean().item()
-    try: res = dict(eval=cost(250), train=(vae.train(), cost(250))[1], train_small=cost(5))
+    def train(): vae.train(); vae.likelihood.eval()       # a sigma that is the batch's own best one differs, as it should
+    try: res = dict(eval=cost(250), train=(train(), cost(250))[1], train_small=cost(5))
     finally: vae.load_state_dict(state); vae.eval()
     return res | dict(again=again, apart=max(abs(res['train'] - res['eval']), abs(res['train_small'] - res['train'])))
 

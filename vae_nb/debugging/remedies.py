@@ -157,7 +157,7 @@ def draw_mend(before:Patient, after:Patient, path, n:int=10):
 def healthy_twin(case:Case)->Case:
     "The healthy case that a fault is compared with: the same world, random seed and likelihood."
     lik = dict(case.faults[0].base).get('likelihood') if case.faults else None
-    return Case(case.world, {'gaussian': 'gaussian', 'continuous_bernoulli': 'continuous'}.get(lik, 'base'), '', case.seed)
+    return Case(case.world, {'gaussian': 'gaussian', 'logistic_mixture': 'mixture'}.get(lik, 'base'), '', case.seed)
 
 def mend_case(case:Case, where, changes=None, examples:int=500)->dict:
     "Mend a case that was run before, with its planted code in place, and hold it against its healthy twin."
