@@ -251,7 +251,8 @@ threshold('deaf', 1e-3, 'of the data', 'a decoder that only turned away still an
 threshold('unheard', 0., 'of the dimensions', 'a dimension that is connected moves something when it is pushed, however little')
 threshold('silent', 0.25, 'of a layer', 'a quarter of the units of a layer that never fire; none do in healthy runs')
 threshold('leak', 0.0005, 'of the counting cost', 'the two ways to compute the distortion agree to rounding in a sound model')
-threshold('coloured', 0.05, 'of the coloured cells', 'below one in twenty right; a healthy run trained briefly may be there too: it decides nothing alone')
+threshold('coloured', 0.05, 'of the coloured cells',
+          'below one in twenty right; a healthy run trained briefly may be there too: it decides nothing alone')
 threshold('no_skill', 0.05, 'of the counting cost', 'hardly better than the frequencies of each cell')
 
 @diagnosis('dead_decoder', 'Alain & Bengio 2016 (probes); Karpathy 2019 (a recipe for training)')
