@@ -54,7 +54,8 @@ def trainer(a, dataset, folder, signals=True, watch=True, panel=False, **changes
     c = TrainConfig(width=a.width, depth=a.depth, hidden=a.hidden, batch_size=a.batch_size, device=a.device,
                     focal_gamma=0, class_weights='none', **changes)
     tr = (Trainer if signals else Plain)(c, folder, dataset, 'none'); tr.log = EventLog(f'{folder}/events.jsonl'); tr.bar = Progress(tr)
-    if panel: tr.bar.panel = Panel(); tr.bar.panel.handle = Still()
+    if panel:
+        p = tr.bar.panel = Panel(); p.handle = Still(); p.show(); p.spent = 0.            # matplotlib is loaded
     if signals and watch: tr.start_watch()
     else: tr.signals = SignalBuffer(tr.log, c.latent_dim, tr.device) if signals else Silent()
     return tr
@@ -133,7 +134,8 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     data = make_dataset('simplified', 10_000, seed=0)
     kinds = {'float32': dict(precision='float32'), 'float32, signals that nobody reads': dict(precision='float32', watch=False),
-             'float32, no signals': dict(precision='float32', signals=False), 'float32, with a panel': dict(precision='float32', panel=True),
+             'float32, no signals': dict(precision='float32', signals=False),
+             'float32, with a panel': dict(precision='float32', panel=True),
              'bfloat16': dict(precision='bfloat16')}
     if not a.no_compile: kinds |= {f'{k}, compiled': dict(precision=k, compile=True) for k in ('float32', 'bfloat16')}
     with tempfile.TemporaryDirectory() as d:

@@ -10,7 +10,7 @@ import json, sys
 from pathlib import Path
 
 # %% ../nbs/94_diagnose.ipynb #0bdfcceb
-from .core import UserError
+from .core import UserError, to_jsonable
 from .debugging.diagnoses import diagnose as examine_run
 from .debugging.findings import Report, report_dict, report_markdown
 from .debugging.remedies import mend as mend_run, mend_markdown
@@ -34,7 +34,7 @@ def diagnose(run:Path,           # folder of a training, complete or broken, or 
     set_style(); r = examine_run(run, out, device, examples, seed); done = None
     if not as_json: print(report_markdown(r))
     if mend and r.findings: done = follow(run, r, device, examples, seed, as_json)
-    if as_json: print(json.dumps(report_dict(r) | (dict(mended=done) if mend else {}), indent=1, ensure_ascii=False))
+    if as_json: print(json.dumps(to_jsonable(report_dict(r) | (dict(mended=done) if mend else {})), indent=1, ensure_ascii=False))
     return r
 
 def follow(run, r:Report, device, examples, seed, quiet)->dict:

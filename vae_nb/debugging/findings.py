@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Evidence', 'beyond', 'Finding', 'as_dict', 'as_markdown', 'Report', 'ordered', 'report_dict', 'looked_at',
-           'report_markdown', 'as_issue', 'save_report']
+           'report_markdown', 'as_issue', 'draw_evidence', 'save_report']
 
 # %% ../../nbs/50_findings.ipynb #ea046040
-import math
+import math, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Evidence:
 
     @property
     def holds(self):
-        "Whether the number speaks for the diagnosis; context always does."
+        "Whether the number speaks for the diagnosis; context always does, and what is not a number never."
         if not self.key: return True
         return self.value < limit(self.key) if self.sign == '<' else self.value > limit(self.key)
 
@@ -141,14 +141,29 @@ def as_issue(f:Finding, run:str, after:str='')->dict:
     return dict(run=run, issue=f.name.replace('_', ' ') + (f" (follows from {f.follows.replace('_', ' ')})" if f.follows else ''),
                 evidence='; '.join(text(e) for e in f.evidence if e.key), remedy=change or f.advice, after=after)
 
+# %% ../../nbs/50_findings.ipynb #62c68fd2
+def draw_evidence(f:Finding):
+    "A drawing of the evidence: each number over its threshold on a log axis, the side of trouble shaded."
+    held = [e for e in f.evidence if e.key]
+    def draw(ax):
+        for i, e in enumerate(held):
+            t = limit(e.key); low = (e.sign == '<') == (t >= 0)                            # trouble lies below the threshold's size
+            ratio = e.value/t if t and e.value*t > 0 and math.isfinite(e.value) else 1e-3 if e.holds == low else 1e3
+            ratio = min(1e3, max(1e-3, ratio))
+            ax.plot(ratio, i, 'o', color='C3' if e.holds else 'C2')
+            ax.fill_betweenx([i - .35, i + .35], 1e-3 if low else 1, 1 if low else 1e3, color='C3', alpha=.12, lw=0)
+        ax.axvline(1, color='k', lw=.8); ax.set(xscale='log', xlim=(7e-4, 1.4e3), ylim=(len(held) - .5, -.5))
+        ax.set_xlabel('over its threshold (shaded: trouble)')
+        ax.set_yticks(range(len(held)), [textwrap.fill(e.what, 34) for e in held], fontsize=7)
+    return draw
+
 # %% ../../nbs/50_findings.ipynb #e48f67b1
 def save_report(r:Report, folder)->Path:
-    "Write `diagnosis.json`, `diagnosis.md` and one picture a finding that has one; returns the page."
+    "Write `diagnosis.json`, `diagnosis.md` and one picture a finding; returns the page."
     import matplotlib.pyplot as plt
     folder, pictures = Path(folder), {}
     for f in r.findings + r.limits:
-        if f.picture is None: continue
-        fig, ax = plt.subplots(figsize=(5, 2.2)); f.picture(ax); pictures[f.name] = f'figures/{f.name}.png'
+        fig, ax = plt.subplots(figsize=(5, 2.2)); (f.picture or draw_evidence(f))(ax); pictures[f.name] = f'figures/{f.name}.png'
         with atomic_write(folder/pictures[f.name]) as out: fig.savefig(out, format='png', metadata={'Software': None})
         plt.close(fig)
     write_json(folder/'diagnosis.json', report_dict(r))

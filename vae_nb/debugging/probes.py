@@ -7,7 +7,7 @@ __all__ = ['activations', 'Missing', 'as_numbers', 'Patient', 'open_run', 'as_se
            'probe', 'parity']
 
 # %% ../../nbs/51_probes.ipynb #dacbc51e
-import copy, importlib.util, math
+import copy, importlib.util, math, sys
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from ..evaluation.latents import active_units, encode_all, rate_split, shuffled_
 from ..evaluation.metrics import calibration, reconstruction_scores
 from ..models.hierarchy import HierarchicalVAE
 from ..models.likelihoods import make_likelihood
-from ..models.objective import settled_at
 from ..models.priors import fit_prior
 from ..models.vae import VAE
 from ..runs import read_events
@@ -108,11 +107,12 @@ class Foreign(VAE):
     "Two functions that encode and decode, as a `VAE`."
     def __init__(self, encode, decode, x:Tensor, likelihood:str='', model=None):
         torch.nn.Module.__init__(self)
-        self.model, self.anchor = model, torch.nn.Parameter(torch.zeros(()))
+        model = model if isinstance(model, torch.nn.Module) else None
+        self.model, self.anchor = model, torch.nn.Parameter(torch.zeros((), device=x.device))
         if not likelihood: likelihood = 'categorical' if x.ndim == 3 else 'bernoulli' if int(x.max()) == 1 else 'categorical_256'
-        extra = dict(n_symbols=max(10, int(x.max()) + 1)) if x.ndim == 3 else dict(channels=x.shape[1])
-        self.likelihood, self.size, self._functions = make_likelihood(likelihood, **extra), x.shape[-1], (encode, decode)
-        self.likelihood.check(x); mu, _ = self.encode(x[:2]); self.latent_dim = mu.shape[1]
+        self.size, self._functions = x.shape[-1], (encode, decode); mu, _ = self.encode(x[:2]); self.latent_dim = mu.shape[1]
+        extra = dict(n_symbols=self.decode(mu).shape[1]) if x.ndim == 3 else dict(channels=x.shape[1])
+        self.likelihood = make_likelihood(likelihood, **extra); self.likelihood.check(x)
 
     def encode(self, x): mu, logvar = self._functions[0](x); return mu.float(), logvar.float()
     def decode(self, z): return self._functions[1](z).float()
@@ -120,19 +120,22 @@ class Foreign(VAE):
 def open_module(path, examples:int=1000, seed:int=0)->Patient:
     "The model of a Python file that defines `encode`, `decode` and `x`. Raises `UserError` if one of them is missing or does not fit."
     path = Path(path); spec = importlib.util.spec_from_file_location(path.stem, path); m = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent)); sys.modules[path.stem] = m           # it may import its neighbours, or define dataclasses
     try: spec.loader.exec_module(m)
     except Exception as e:
         raise UserError(f"{path} cannot be imported ({type(e).__name__}: {e}): mend it, or run it by itself first.") from None
+    finally: sys.path.remove(str(path.parent)); sys.modules.pop(path.stem, None)
     lacking = [n for n in ('encode', 'decode', 'x') if not hasattr(m, n)]
     if lacking: raise UserError(f"{path} lacks {' and '.join(lacking)}: define encode(x), decode(z) and x, some data.")
     try:
         vae = Foreign(m.encode, m.decode, m.x, getattr(m, 'likelihood', ''), getattr(m, 'model', None)).eval()
-        with torch.no_grad(): vae(m.x[:2], torch.zeros(2, vae.latent_dim))
+        with torch.no_grad(): vae(m.x[:2], torch.zeros(2, vae.latent_dim, device=m.x.device))
     except UserError: raise
     except Exception as e:
         raise UserError(f"encode and decode of {path} do not fit its x of shape {tuple(m.x.shape)} ({type(e).__name__}: {e}): "
                         "mend the file.") from None
-    return Patient(path.stem, vae, getattr(m, 'train', None), m.x, examples=examples, seed=seed)
+    train = getattr(m, 'train', None); train = vae.likelihood.check(train) if isinstance(train, Tensor) else None     # not a function
+    return Patient(path.stem, vae, train, m.x, examples=examples, seed=seed)
 
 # %% ../../nbs/51_probes.ipynb #564d96e4
 def counting_nats(vae:VAE, train:Tensor, val:Tensor)->float: # nats an example
@@ -169,7 +172,12 @@ def probe(name, f):
     "Make `f` a probe: an attribute of every `Patient`, computed once."
     p = cached_property(f); p.__set_name__(Patient, name); setattr(Patient, name, p)
 
-for n, f in dict(bound=_bound, train_bound=_train_bound, counting=_counting, skill=_skill, shuffled=_shuffled,
+def _broken(self):
+    "Share of the validation examples whose bound is not a number."
+    g = new_generator(self.seed, 'broken', device=self.device)
+    return torch.cat([~self.vae(b, generator=g).nelbo.isfinite() for b in self.val.split(250)]).float().mean().item()
+_broken = torch.no_grad()(_broken)
+for n, f in dict(broken=_broken, bound=_bound, train_bound=_train_bound, counting=_counting, skill=_skill, shuffled=_shuffled,
                  size=_size).items(): probe(n, f)
 
 # %% ../../nbs/51_probes.ipynb #7f84bc32
@@ -241,10 +249,10 @@ def _lowest_rate(self):
     return min(r)/max(1e-9, max(abs(v) for v in r))
 
 def _warmup(self):
-    "Epoch from which beta stays where it is going, and how much of its last value beta gained over the last tenth of the steps."
-    c, s = self._need(self.config, 'configuration'), self._need(self.steps, 'log of steps'); last = s[-1]['beta']
-    return dict(end=settled_at(c.beta_schedule, 1000)/1000*c.beta_warmup,
-                rising=(last - s[-max(2, len(s)//10)]['beta'])/last if last else 0.)
+    "Epoch in which beta first had its last value, and how much of that value it gained over the last tenth of the steps."
+    s, ep = self._need(self.steps, 'log of steps'), self._need(self.epochs, 'log of epochs'); last = s[-1]['beta']
+    first = next(e['step'] for e in s if e['beta'] >= last*(1 - 1e-9))
+    return dict(end=first*ep[0]['epoch']/ep[0]['step'], rising=(last - s[-max(2, len(s)//10)]['beta'])/last if last else 0.)
 for n, f in dict(gradients=_gradients, logvars=_logvars, lowest_rate=_lowest_rate, warmup=_warmup).items(): probe(n, f)
 
 # %% ../../nbs/51_probes.ipynb #88bcde50
@@ -252,7 +260,9 @@ for n, f in dict(gradients=_gradients, logvars=_logvars, lowest_rate=_lowest_rat
 def _modes(self):
     """NELBO in evaluation and in training mode, and in training mode with batches of 250 and of 5, with the same noise; `again`: how far
     two evaluations of one example with the same noise are apart."""
-    vae, x, state = self.vae, self.val[:500], copy.deepcopy(self.vae.state_dict())   # training mode may move running statistics
+    vae, x = self.vae, self.val[:min(500, len(self.val)//5*5)]                       # no batch of one: its statistics are none
+    if isinstance(vae, Foreign) and vae.model is None: raise Missing('there is no module called model whose mode could be switched')
+    state = copy.deepcopy(vae.state_dict())                                          # training mode may move running statistics
     cost = lambda size: measure_nelbo(vae, x, self.seed, size)['nelbo']
     noise = torch.randn(len(x), vae.latent_dim, generator=new_generator(self.seed, 'again', device=x.device), device=x.device)
     again = (vae.eval()(x, noise).nelbo - vae(x, noise).nelbo).abs().mean().item()
@@ -320,6 +330,7 @@ for n, f in dict(unheard=_unheard, silent=_silent).items(): probe(n, f)
 def _noise(self):
     "Standard deviation of the codes that are drawn, over the one that the rate is computed from."
     vae, x = self.vae, self.val[:200]
+    if isinstance(vae, Foreign): raise Missing('its codes are drawn here, not by its own code')
     e = torch.randn(8, len(x), vae.latent_dim, generator=new_generator(self.seed, 'noise', device=x.device), device=x.device)
     if isinstance(vae, HierarchicalVAE):                                                       # further groups depend on the draw itself
         z, mu, logvar = vae.infer(x)(e); return ((z - mu)/(0.5*logvar).exp()).std().item()
@@ -338,10 +349,10 @@ for n, f in dict(noise=_noise, travel=_travel).items(): probe(n, f)
 
 # %% ../../nbs/51_probes.ipynb #02b83ce3
 def _tuned(self, steps:int=60, lr:float=1e-3):
-    "After `steps` steps at beta 1 on the encoder alone: nats of the validation NELBO `gained`, and the rate over the `rate` before."
-    vae, x = copy.deepcopy(self.vae).train(), self._need(self._train, 'training data')
-    g = new_generator(self.seed, 'encoder', device=self.device)
-    if not hasattr(vae, 'encoder'): raise Missing('the network has no part called encoder')
+    """After `steps` steps at beta 1 on the encoder alone (of a hierarchical network: its way up): nats of the validation NELBO `gained`,
+    and the rate over the `rate` before."""
+    if not hasattr(self.vae, 'encoder'): raise Missing('the network has no part called encoder')
+    vae, x, g = copy.deepcopy(self.vae), self._need(self._train, 'training data'), new_generator(self.seed, 'encoder', device=self.device)
     before = measure_nelbo(vae.eval(), self.val, self.seed, 250); vae.requires_grad_(False); vae.encoder.requires_grad_(True)
     opt = torch.optim.Adam(vae.encoder.parameters(), lr=lr)
     for _ in range(steps):
@@ -368,8 +379,10 @@ def _ordinal(self):
     1 where colours were regressed as numbers. Background cells do not count: black is far from the rest in any model."""
     if not self.grids: raise Missing('these are not grids')
     vae, x = self.vae, self.val[:200]; p = vae.decode(self.codes[0][:200])
-    logp = torch.stack([-vae.likelihood.nll_cells(p, torch.full_like(x, k)) for k in range(10)], -1)[x > 0][:5000].double().clamp(min=-40)
-    k = torch.linspace(-1, 1, 10, dtype=torch.double, device=x.device); A = torch.stack([k**0, k, k**2], 1)
+    K = vae.likelihood.n_params
+    if K < 5 or not (x > 0).any(): raise Missing('there are too few colours')
+    logp = torch.stack([-vae.likelihood.nll_cells(p, torch.full_like(x, k)) for k in range(K)], -1)[x > 0][:5000].double().clamp(min=-40)
+    k = torch.linspace(-1, 1, K, dtype=torch.double, device=x.device); A = torch.stack([k**0, k, k**2], 1)
     rest = logp - logp @ A @ torch.linalg.inv(A.T @ A) @ A.T; within = logp - logp.mean(1, keepdim=True)
     return 1 - (rest.square().sum()/within.square().sum().clamp(min=1e-12)).item()
 probe('ordinal', _ordinal)
@@ -407,10 +420,10 @@ def _uneven(self):
     "Of the decoder's transposed convolutions: how much oftener the most written pixel is written than the least, away from the border."
     decoder = getattr(self.vae, 'decoder', None) or getattr(self.vae, 'model', None); worst = 1.
     for m in decoder.modules() if decoder is not None else ():
-        if not isinstance(m, torch.nn.ConvTranspose2d): continue
-        k = torch.ones(1, 1, *m.kernel_size); k = torch.nn.functional.conv_transpose2d(torch.ones(1, 1, 12, 12), k, stride=m.stride)
-        inner = k[0, 0, m.kernel_size[0]*2:-m.kernel_size[0]*2, m.kernel_size[1]*2:-m.kernel_size[1]*2]
-        worst = max(worst, (inner.max()/inner.min()).item())
+        if not isinstance(m, torch.nn.ConvTranspose2d) or m.stride == (1, 1): continue
+        (kh, kw), n = m.kernel_size, 4*max(m.kernel_size)
+        often = torch.nn.functional.conv_transpose2d(torch.ones(1, 1, n, n), torch.ones(1, 1, kh, kw), stride=m.stride)
+        inner = often[0, 0, kh:-kh, kw:-kw]; worst = max(worst, (inner.max()/inner.min()).item() if inner.min() > 0 else math.inf)
     return worst
 
 @torch.no_grad()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEALTHY', 'SOUND', 'Case', 'all_cases', 'grids_file', 'case_config', 'train_case', 'simple_rules', 'judge_case',
-           'work', 'spread', 'run_cases', 'first_named', 'single', 'wilson', 'f_scores', 'macro_f1', 'score_table',
-           'summary_row', 'pair_table', 'detection_table', 'confusion_matrix', 'plot_confusion', 'values_of', 'margins']
+           'plain_numbers', 'work', 'spread', 'run_cases', 'first_named', 'single', 'wilson', 'f_scores', 'macro_f1',
+           'score_table', 'summary_row', 'pair_table', 'detection_table', 'confusion_matrix', 'plot_confusion',
+           'values_of', 'margins']
 
 # %% ../../nbs/54_scorecard.ipynb #7a53973e
-import json, math, multiprocessing, os, time
+import json, math, multiprocessing, os, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,19 +24,22 @@ from ..data.datasets import save_dataset
 from .diagnoses import DIAGNOSES, diagnose
 from .faults import FAULTS, PAIRS, get_fault, healthy, plant, plant_pair, world_data
 from ..training.watch import limit
+from .probes import as_numbers
 from ..training.trainer import fit
 
 # %% ../../nbs/54_scorecard.ipynb #7830af23
 HEALTHY = dict(
     grids=dict(base={}, small_code=dict(latent_dim=16), wide=dict(width=24), residual=dict(depth=1, lr=5e-3), flat=dict(code='flat'),
                no_warmup=dict(beta_schedule='constant'), cosine=dict(beta_schedule='cosine', beta_warmup=3.),
-               cyclical=dict(beta_schedule='cyclical', beta_warmup=4.), other_rate=dict(lr=1e-2, batch_size=16, epochs=5)),
+               cyclical=dict(beta_schedule='cyclical', beta_warmup=4.), other_rate=dict(lr=1e-2, batch_size=16, epochs=5),
+               relu=dict(build='network_25', lr=5e-3), kernel_four=dict(build='network_26')),
     images=dict(base={}, static=dict(binarise='static'), threshold=dict(binarise='threshold'), small_code=dict(latent_dim=8),
                 wide=dict(width=24), residual=dict(depth=1), map=dict(code='map', latent_dim=49), no_warmup=dict(beta_schedule='constant'),
                 cosine=dict(beta_schedule='cosine', beta_warmup=3.), gaussian=dict(likelihood='gaussian', sigma='optimal', clip_norm=2000.),
                 learned_sigma=dict(likelihood='gaussian', sigma='learned', sigma_value=.3, clip_norm=2000.),
                 mixture=dict(likelihood='logistic_mixture', mixtures=3, clip_norm=5000.),
-                hierarchical=dict(network='hierarchical', groups=2, latent_channels=1)))
+                hierarchical=dict(network='hierarchical', groups=2, latent_channels=1),
+                relu=dict(build='network_25'), kernel_four=dict(build='network_26')))
 
 # %% ../../nbs/54_scorecard.ipynb #35922a4e
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ def grids_file()->str: # relative to the project's folder
 def case_config(case:Case, **changes):
     "The healthy configuration a case starts from; `changes` shorten it for tests."
     own = dict(data_path=grids_file()) if case.world == 'grids' else {}
-    return healthy(case.world, seed=case.seed, device='cpu', **own | dict(case.base) | changes)
+    fields = {k: v for k, v in (own | dict(case.base) | changes).items() if k != 'build'}
+    return healthy(case.world, seed=case.seed, device='cpu', **fields)
 
 def train_case(case:Case, where, **changes)->dict:
     "Train a case into its folder below `where`; returns `fit`'s summary."
     c = case_config(case, **changes); out = Path(where)/case.label; data = world_data(c); names = case.name.split('+')
-    if not case.strength: return fit(c, out, data, 'none')
+    build = case.base.get('build')
+    if not case.strength: return fit(c, out, data, 'none', f'vae_nb.debugging.faults:{build}' if build else None)
     if len(names) == 1: return plant(names[0], case.strength, c, out, None)
     return plant_pair(names, (case.strength,)*len(names), c, out, None)
 
@@ -111,20 +117,33 @@ def judge_case(case:Case, where, examples:int=500)->dict:
                 measured={n: {e.key: e.value for e in es} for n, es in r.measured.items()},
                 signs={n: {e.key: e.sign for e in es} for n, es in r.measured.items()})
 
+def plain_numbers(o):
+    "What JSON can only spell, infinities and NaNs, as numbers, all the way down."
+    if isinstance(o, dict): return as_numbers({k: plain_numbers(v) for k, v in o.items()})
+    return [plain_numbers(v) for v in o] if isinstance(o, list) else o
+
 def work(case:Case, where, changes=None, examples:int=500)->dict:
     "Train and judge a case, unless it was done before; the outcome lies beside the folders."
     done = Path(where)/'outcomes'/f'{case.label}.json'
-    if done.exists(): return read_json(done, 'outcome')
+    if done.exists(): return plain_numbers(read_json(done, 'outcome'))
     torch.set_num_threads(1); start = time.time(); s = train_case(case, where, **(changes or {})); took = time.time() - start
     r = judge_case(case, where, examples) | dict(status=s['status'], training_seconds=took); write_json(done, r); return r
 
 # %% ../../nbs/54_scorecard.ipynb #6f373e58
+def _follow(parent:int):
+    "End this process when the one that started it is gone: a killed notebook leaves no trainings behind."
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def spread(f, cases,         # f(case, *args) of each case, in processes that share nothing
            args=(), workers:int=0, # processes; default: one a core
            progress=print)->list:  # in the order of the cases
     "Do the same with many cases, several at a time."
     res, last, workers = {}, time.time(), workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
+    how = dict(mp_context=multiprocessing.get_context('spawn'), initializer=_follow, initargs=(os.getpid(),))
+    with ProcessPoolExecutor(workers, **how) as pool:
         jobs = {pool.submit(f, c, *args): c for c in cases}
         for i, j in enumerate(as_completed(jobs), 1):
             res[jobs[j]] = j.result()
@@ -207,9 +226,9 @@ def detection_table(outcomes)->list:
         for s in ('strong', 'middle', 'barely'):
             hits = [first_named(o) == f.diagnosis for o in outcomes if (o['world'], o['name'], o['strength']) == (w, name, s)]
             share[s] = np.mean(hits).item() if hits else None
-        found = [s for s, v in share.items() if v is not None and v > .5]
+        found = [s for s, v in share.items() if v is not None and v > .5]; tried = [s for s, v in share.items() if v is not None]
         shown = {k: None if v is None else f'{v:.0%}' for k, v in share.items()}
-        rows.append(row | shown | dict(limit=found[-1] if found else 'not found'))
+        rows.append(row | shown | dict(limit='' if tried == ['strong'] else found[-1] if found else 'not found'))
     return rows
 
 def confusion_matrix(outcomes, by='doctor')->tuple: # (rows, columns, (R, C) counts): truth down, what was said across

@@ -133,7 +133,7 @@ def build(self:Trainer):
     self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
     if c.compile: self.vae.compile()
     self.s = dict(step=0, updates=0, best=None, best_epoch=None, stale=0, nonfinite=0, nonfinite_in_row=0,
-                  seconds=0., train_seconds=0., summed=0, warned=[])
+                  seconds=0., train_seconds=0., summed=0, warned=[], first_loss=None)
     self.sums = torch.zeros(3, dtype=torch.double, device=self.device)        # loss, nll and kl of the epoch so far
 
 # %% ../../nbs/34_trainer.ipynb #b1574121
@@ -381,7 +381,7 @@ class Progress:
         s, now = self.tr.s, time.monotonic(); done = s['step'] >= self.tr.total_steps
         text = f"NELBO {v['nelbo']:.2f} nats (nll {v['nll']:.2f}, kl {v['kl']:.2f}), {score_text(v)}"
         if self.bar is not None: self.bar.set_postfix_str(text); done and self.bar.close()
-        elif self.panel is not None: self.panel.epoch(s['step'], v); done and self.panel.show()
+        elif self.panel is not None: self.panel.epoch(s['step'], v)
         elif self.tr.progress == 'lines' and (done or now - self.last > 10):
             at = f"epoch {s['step']/self.tr.steps_per_epoch:.0f}/{self.tr.c.epochs}"
             print(f"{self.tr.out.name}: {at}  {text}  {s['seconds']:.0f} s", flush=True); self.last = now
@@ -396,13 +396,15 @@ class Progress:
 def start_watch(self:Trainer):
     "Read the signals from here on."
     c = self.c; settled = settled_at(c.beta_schedule, round(c.beta_warmup*self.steps_per_epoch))
-    self.watch = Watch(self.warn, settled, self.total_steps, c.stop_on.split(',') if c.stop_on else (), self.s['warned'])
+    least = 0. if self.vae.likelihood.discrete else 2*math.log(2)*self.val[0].numel()
+    self.watch = Watch(self.warn, settled, self.total_steps, c.stop_on.split(',') if c.stop_on else (), self.s['warned'],
+                       self.s['first_loss'], least)
     self.signals = SignalBuffer(self.log, self.vae.latent_dim, self.device, listen=self.hear)
 
 @patch
 def hear(self:Trainer, events):
     "New signals: for the watch, and for the panel where there is one."
-    self.watch.see(events)
+    self.watch.see(events); self.s['first_loss'] = self.watch.first
     if self.bar.panel is not None: self.bar.panel.see(events)
 
 @patch
@@ -448,10 +450,12 @@ def fit(config:TrainConfig, # or a dict of its fields
     tr.tracker, tr.bar = Tracker(config, out), Progress(tr); tr.start_watch()
     if not resumed:
         start = dict(kind='start', time=utc_now(), parameters=count_parameters(tr.vae))
-        tr.log.write(start, audit(tr.train, tr.data.n_symbols) | tr.look_at_input())
+        tr.log.write(start); tr.log.write(audit(tr.train, tr.data.n_symbols) | tr.look_at_input())
     with signals_to(tr):
         try: status = tr.loop()
-        finally: tr.signals.flush(); tr.tracker.finish()
+        finally:
+            tr.signals.flush(); tr.tracker.finish()
+            if tr.bar.panel is not None: tr.bar.panel.show()
     return tr.finish(status)
 
 # %% ../../nbs/34_trainer.ipynb #8deba4b1

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 # %% ../../nbs/33_watch.ipynb #e1dcb77d
 import torch
-from torch import nn
 
 # %% ../../nbs/33_watch.ipynb #cbc67fd5
 from ..core import UserError, nearest
@@ -52,7 +51,7 @@ threshold('logvar_low', -16.1, '', 'the sound range ends at -16: a standard devi
 threshold('skipped', 0., 'of the steps', 'no step of a healthy run has a gradient that is not finite')
 threshold('spike', 50, 'times', 'VDVAE skips steps far above the usual norm: 99th percentile over median')
 threshold('blown', 3, 'times', 'largest loss after the first fifty steps, over the first one; a healthy loss falls')
-threshold('clipped', 0.5, 'of the steps', 'clipping that acts on most steps is a learning rate of another kind')
+threshold('clipped', 0.5, 'of the steps', 'AdamW hardly minds, but a norm below most gradients was chosen for another loss')
 threshold('loud', 10, '', 'networks are initialised for inputs of about 1')
 threshold('faint', 0.03, '', 'a tenth of what one symbol in ten, as a one-hot code, has')
 
@@ -77,15 +76,17 @@ class Watch:
                  total:int=0,             # steps of the whole training
                  stop_on=(),              # short names (of `live_warnings`) that should end the training
                  known=(),                # findings that were warned of before
+                 first:float=None,        # the first loss, if there was one before
+                 least:float=0.,          # nats that a bound is held against at the least: that of a density may be near zero
                  memory:int=200):
         self.say, self.settled, self.total, self.stop_on, self.known = say, settled, total, set(stop_on), set(known)
-        self.recent, self.first, self.stop = deque(maxlen=memory), None, ''
+        self.recent, self.first, self.least, self.stop = deque(maxlen=memory), first, least, ''
 
     def warn(self, short, sentence):
         "Say it unless that finding was warned of before; take note if it should end the training."
-        name = live_warnings[short]
-        if short in self.stop_on and not self.stop: self.stop = name
-        if name in self.known: return
+        name = live_warnings[short]; ends = short in self.stop_on and not self.stop
+        if ends: self.stop = name
+        if name in self.known and not ends: return
         self.known.add(name); self.say(name, sentence)
 
     def see_input(self, size:float):
@@ -105,10 +106,10 @@ def see(self:Watch, events):
         self.warn('nonfinite', f"log-variances reach from {low:.3g} to {high:.3g} at step {step}: sound are {limit('logvar_low'):g} "
                                f"to {limit('logvar_high'):g}.")
     late = step >= max(self.settled, 100, self.total//10)
-    rate, nll, was = mean(events, 'kl'), mean(events, 'nll'), mean(before, 'kl')
+    rate, nll, was = abs(mean(events, 'kl')), mean(events, 'nll'), abs(mean(before, 'kl'))
     if late and len(before) == len(events) and rate < limit('no_rate') and rate < 1.1*was and events[-1]['beta'] > 0:
         self.warn('collapse', f"the rate is {rate:.2g} nats at step {step}, below {limit('no_rate'):g}: the code says nothing.")
-    if late and nll > 0 and rate > limit('mostly_rate')*(rate + nll):
+    if late and nll > 0 and rate > limit('mostly_rate')*max(rate + nll, self.least):
         self.warn('explosion', f"{rate/(rate + nll):.0%} of the NELBO are rate at step {step}, above {limit('mostly_rate'):.0%}: "
                                "it is too cheap.")
     self.see_gradients(last, step)
@@ -120,9 +121,9 @@ def see_gradients(self:Watch, last, step):
     spike = norms[min(len(norms) - 1, int(.99*len(norms)))]/max(norms[len(norms)//2], 1e-12)
     loss, clipped = max(e['loss'] for e in last[-50:]), sum(e['clipped'] for e in last)/len(last)
     if spike > limit('spike'): self.warn('spikes', f"the gradient's 99th percentile is {spike:.3g} times its median at step {step}.")
-    if self.first and loss > limit('blown')*abs(self.first):
+    if self.first and loss > limit('blown')*max(abs(self.first), self.least):
         self.warn('spikes', f"the loss is {loss:.3g} at step {step}, far above the first one, {self.first:.3g}.")
-    if clipped > limit('clipped') and step >= self.total//10:
+    if clipped > limit('clipped') and step >= self.total//4:                  # at the start gradients are large in any training
         self.warn('clipping', f"{clipped:.0%} of the last {len(last)} steps were clipped at step {step}.")
 Watch.see, Watch.see_gradients = see, see_gradients
 
