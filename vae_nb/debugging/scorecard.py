@@ -21,7 +21,7 @@ from scipy import stats
 # %% ../../nbs/54_scorecard.ipynb #576b132d
 from ..core import hash_text, load_settings, read_json, write_json
 from ..data.datasets import save_dataset
-from .diagnoses import DIAGNOSES, diagnose
+from .diagnoses import DIAGNOSES, LIMITS, diagnose
 from .faults import FAULTS, PAIRS, get_fault, healthy, plant, plant_pair, world_data
 from ..training.watch import limit
 from .probes import as_numbers
@@ -256,7 +256,7 @@ def values_of(outcomes, diagnosis, key)->list:
 def margins(outcomes)->list: # of dict(illness, threshold, trouble_if, healthy_nearest, ill_median, ill_beyond)
     "Each threshold between the healthy run nearest to it and the runs of the illness that it is for (strong faults)."
     seen = {(d, k): s for o in outcomes for d, kv in o['signs'].items() for k, s in kv.items()}; rows = []
-    for d, key in sorted(seen, key=lambda dk: list(DIAGNOSES).index(dk[0])):
+    for d, key in sorted(seen, key=lambda dk: [*DIAGNOSES, *LIMITS].index(dk[0])):
         s, t = seen[d, key], limit(key); well = values_of([o for o in outcomes if not o['truth']], d, key)
         ill = values_of([o for o in outcomes if o['truth'] == [d] and o['strength'] == 'strong'], d, key)
         rows.append(dict(illness=d.replace('_', ' '), threshold=key, trouble_if=f'{s} {t:g}',

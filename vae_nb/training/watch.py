@@ -29,9 +29,9 @@ class Threshold:
 THRESHOLDS = {}
 
 def threshold(key:str, value:float, unit:str, why:str):
-    "Enter a threshold into the table; a key is entered once."
-    if key in THRESHOLDS: raise UserError(f"There is a threshold {key!r} already: choose another key.")
-    THRESHOLDS[key] = Threshold(value, unit, why)
+    "Enter a threshold into the table; a key has one value."
+    t = Threshold(value, unit, why)
+    if THRESHOLDS.setdefault(key, t) != t: raise UserError(f"There is another threshold {key!r} already: choose another key.")
 
 def limit(key:str)->float:
     "The value of a threshold. Raises `UserError` for an unknown key."
