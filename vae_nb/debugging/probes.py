@@ -219,7 +219,10 @@ def _loss_weights(self):
     if len(s) < 20: raise Missing('the log has fewer than 20 finite steps')
     y = np.array([e['loss'] for e in s]); A = np.stack([[e['nll'] for e in s], [e['beta']*abs(e['kl']) for e in s]], 1)
     scale = np.abs(A).max(0).clip(1e-12); w = np.linalg.lstsq(A/scale, y, rcond=None)[0]/scale; r = y - A @ w
-    paid = np.abs(A[:, 1]).max() > 1e-3*np.abs(A[:, 0]*w[0]).max()          # else the second weight is not seen in the loss
+    rest = np.abs(r).max() if np.abs(r).max() > .01*np.abs(y).max() else 0.
+    paid = np.abs(A[:, 1]).max() > max(1e-3*np.abs(A[:, 0]*w[0]).max(), rest)
+    if not paid:                                             # the second weight is not seen in the loss, or less than what is unexplained
+        w = np.array([float(A[:, 0] @ y/(A[:, 0] @ A[:, 0])), 0.]); r = y - A @ w
     return dict(a=float(w[0]), b=float(w[1]) if paid else math.nan, explained=1 - float(r.var()/max(y.var(), 1e-12)),
                 off=float(np.abs(r).max()/np.abs(y).max()))
 for n, f in dict(recomputed=_recomputed, said=_said, loss_weights=_loss_weights).items(): probe(n, f)
