@@ -6,7 +6,7 @@ them and the panel that draws them cost.
 
 Each row is timed in alternating rounds with the first, so that a busy machine hurts all rows alike; medians are printed. The panel
 draws seldom, so its cost is the time it spent drawing over the time of the steps, not a median.
-MEASURED
+What watch and panel cost has not been measured on an idle machine yet.
 
 With --images a round is one pass over `steps` batches of the same pictures through the same network (flat code) on both sides:
 here `Trainer.step` with its signals, averaged weights, clipping and schedule; in pythae `BaseTrainer.train_step`, with Adam and its
