@@ -196,7 +196,7 @@ def _split(self):
 @torch.no_grad()
 def _prior_gain(self):
     "Nats an example that a Gaussian mixture fitted to the training codes saves over the standard normal, on validation codes."
-    _ = self.split; mixture = fit_prior('gmm', *self.train_codes, self.seed, components=5); mu, logvar = self.codes
+    _ = self.split; mixture = fit_prior('gmm', *self.train_codes, self.seed, components=5, max_iter=30); mu, logvar = self.codes
     z = mu + (0.5*logvar).exp()*torch.randn(mu.shape, generator=new_generator(self.seed, 'prior gain', device=mu.device), device=mu.device)
     normal = (-0.5*z.square() - 0.5*math.log(2*math.pi)).sum(1)
     return (mixture.to(z.device).log_prob(z) - normal).mean().item()
@@ -417,7 +417,9 @@ def parity(p:Tensor)->float: # (N, C, H, W)
 
 def _checkerboard(self):
     rec, x = self.pictures; return dict(reconstructions=parity(rec), data=parity(x))
+for n, f in dict(pictures=_pictures, bias=_bias, outside=_outside, fine=_fine, checkerboard=_checkerboard).items(): probe(n, f)
 
+# %% ../../nbs/51_probes.ipynb #dc452645
 @torch.no_grad()
 def _uneven(self):
     "Of the decoder's transposed convolutions: how much oftener the most written pixel is written than the least, away from the border."
@@ -429,6 +431,14 @@ def _uneven(self):
         inner = often[0, 0, kh:-kh, kw:-kw]; worst = max(worst, (inner.max()/inner.min()).item() if inner.min() > 0 else math.inf)
     return worst
 
+def _intake(self):
+    "Size of what the encoder's first layer is fed (notebook 33)."
+    v = intake(self.vae, self.val[:200])
+    if math.isnan(v): raise Missing('the network has no part called encoder')
+    return v
+for n, f in dict(uneven=_uneven, intake=_intake).items(): probe(n, f)
+
+# %% ../../nbs/51_probes.ipynb #71d31345
 @torch.no_grad()
 def _sharp(self):
     "Share of the pixels of validation pictures at which the density is higher than a bell of half a grey level's width can be."
@@ -445,12 +455,6 @@ def _total(self):
     p = self.vae.decode(self.codes[0][:20]); n = lik.n_params if self.grids else lik.top + 1
     return sum((-lik.nll_cells(p, torch.full_like(x, k)).double()).exp() for k in range(n)).median().item()
 
-def _intake(self):
-    "Size of what the encoder's first layer is fed (notebook 33)."
-    v = intake(self.vae, self.val[:200])
-    if math.isnan(v): raise Missing('the network has no part called encoder')
-    return v
-
 @torch.no_grad()
 def _sigma(self):
     "A Gaussian likelihood's sigma, the root mean square error of its mean, and the nats an example that the latter would save."
@@ -459,5 +463,4 @@ def _sigma(self):
     rec, x = self.pictures; rmse = (rec.float() - x.float()).square().mean().sqrt().item()/255; s = lik.sigma.float().mean().item()
     n = x[0].numel()
     cost = lambda v: n*(math.log(v) + 0.5*(rmse/v)**2); return dict(sigma=s, rmse=rmse, saved=cost(s) - cost(max(rmse, 1e-6)))
-for n, f in dict(pictures=_pictures, bias=_bias, outside=_outside, fine=_fine, checkerboard=_checkerboard, uneven=_uneven, sharp=_sharp,
-                 total=_total, intake=_intake, sigma=_sigma).items(): probe(n, f)
+for n, f in dict(sharp=_sharp, total=_total, sigma=_sigma).items(): probe(n, f)

@@ -32,7 +32,7 @@ HEALTHY = dict(
     grids=dict(base={}, small_code=dict(latent_dim=16), wide=dict(width=24), residual=dict(depth=1, lr=5e-3), flat=dict(code='flat'),
                no_warmup=dict(beta_schedule='constant'), cosine=dict(beta_schedule='cosine', beta_warmup=3.),
                cyclical=dict(beta_schedule='cyclical', beta_warmup=4.), other_rate=dict(lr=1e-2, batch_size=16, epochs=5),
-               relu=dict(build='network_25', lr=5e-3), kernel_four=dict(build='network_26')),
+               relu=dict(build='network_25', lr=3e-3), kernel_four=dict(build='network_26')),
     images=dict(base={}, static=dict(binarise='static'), threshold=dict(binarise='threshold'), small_code=dict(latent_dim=8),
                 wide=dict(width=24), residual=dict(depth=1), map=dict(code='map', latent_dim=49), no_warmup=dict(beta_schedule='constant'),
                 cosine=dict(beta_schedule='cosine', beta_warmup=3.), gaussian=dict(likelihood='gaussian', sigma='optimal', clip_norm=2000.),
