@@ -123,7 +123,7 @@ def stratified_bootstrap(x,      # (seeds, tasks)
 
 def probability_of_improvement(a, b, lower_is_better=True)->float:
     "Chance that a run of `a` is better than a run of `b`, ties counted half (the Mann-Whitney statistic over its maximum)."
-    u = stats.mannwhitneyu(finite(b), finite(a)).statistic/(len(list(a))*len(list(b)))
+    a, b = finite(a), finite(b); u = stats.mannwhitneyu(b, a).statistic/(len(a)*len(b))
     return float(u if lower_is_better else 1 - u)
 
 # %% ../../nbs/61_statistics.ipynb #0550bfb4

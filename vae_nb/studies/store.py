@@ -85,19 +85,18 @@ class Store:
     def version(self)->int: return self.rows('select version from meta')[0]['version']
 
 # %% ../../nbs/63_store.ipynb #26a8920f
-def add(self:Store, jobs)->int: # new cells
-    "Add the cells of a study; what is there already is left as it is, only its phase and place follow the plan."
+def add(self:Store, jobs)->int: # cells that are new or have changed
+    "Add the cells of a study. A cell that is there already follows the plan: its phase, its place, and the key where its work has changed."
     now = time.time()
     row = lambda j: (j.key, j.notebook, json.dumps(to_jsonable(j.params)), j.seed, j.cpus, j.gpus, j.timeout, json.dumps(j.needs), now)
     with self.change() as c:
         c.executemany('insert or ignore into jobs (key, notebook, params, seed, cpus, gpus, timeout, needs, added) '
                       'values (?,?,?,?,?,?,?,?,?)', map(row, jobs))
         before = c.total_changes
-        c.executemany('insert or ignore into cells values (?,?,?,?,?,?)',
+        c.executemany('insert into cells values (?,?,?,?,?,?) on conflict do update set phase = excluded.phase, key = excluded.key, '
+                      'position = excluded.position where (phase, key, position) <> (excluded.phase, excluded.key, excluded.position)',
                       ((j.study, j.configuration, j.seed, j.phase, j.key, i) for i, j in enumerate(jobs)))
         new = c.total_changes - before
-        c.executemany('update cells set phase=?, key=?, position=? where study=? and configuration=? and seed=? and (key<>? or phase<>?)',
-                      ((j.phase, j.key, i, j.study, j.configuration, j.seed, j.key, j.phase) for i, j in enumerate(jobs)))
         if new: c.execute('update meta set version = version + 1')
     return new
 Store.add = add
@@ -139,6 +138,7 @@ def claim(self:Store, key,
                          (key, owner or f'{socket.gethostname()}:{os.getpid()}', now, now, lease)).lastrowid
 Store.claim = claim
 
+# %% ../../nbs/63_store.ipynb #c1ca37bb
 def beat(self:Store, attempt,
          progress=None # share of the work that is done, 0 to 1
         )->bool:       # whether the attempt is still one's own, and wanted
@@ -149,6 +149,7 @@ def beat(self:Store, attempt,
         c.execute('update attempts set beat=?, progress=coalesce(?, progress) where id=?', (time.time(), progress, attempt)); return True
 Store.beat = beat
 
+# %% ../../nbs/63_store.ipynb #b214db46
 def finish(self:Store, attempt,
            outcome,        # done | failed | cancelled
            exit_code=None, reason='', log='', # the end of what was printed
