@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'load_profiles', 'resolve_params', 'run_key', 'EventLog', 'read_events', 'format_cell',
            'markdown_table', 'set_style', 'short_name', 'lock_path', 'is_alive', 'lock_run', 'hold_lock',
-           'release_lock', 'Run', 'save_figure', 'save_table', 'active_seconds', 'finish', 'start_run',
+           'release_lock', 'Run', 'save_figure', 'save_table', 'save_row', 'active_seconds', 'finish', 'start_run',
            'repeat_command', 'open_run', 'read_run']
 
 # %% ../nbs/01_runs.ipynb #f879e94a
@@ -195,7 +195,8 @@ class Run:
     def __init__(self, path, config):
         self.path, self.config = Path(path), config
         self.params, self.seed, self.profile = config.get('params', {}), config.get('seed'), config.get('profile')
-        self.tables, self.figures, self.started = {}, {}, time.time()
+        self.tables, self.figures, self.rows, self.started = {}, {}, [], time.time()
+        self.namespace = {}      # of the notebook: it knows the seed that was used in the end
         self.events = EventLog(self.path/'events.jsonl')
 
     def __getattr__(self, name):
@@ -233,6 +234,12 @@ def save_table(self:Run, name, rows, caption='', columns=None, digits=4):
     _show(Markdown(md))
 Run.table = save_table
 
+# %% ../nbs/01_runs.ipynb #bd267422
+def save_row(self:Run, **fields):
+    "Keep one result among several of this run."
+    self.rows.append(fields)
+Run.row = save_row
+
 # %% ../nbs/01_runs.ipynb #3bb58148
 def active_seconds(path)->float:
     "Seconds a run has been worked on, over all its sittings, from the times in its log."
@@ -250,7 +257,9 @@ def finish(self:Run, **metrics):
     prov = read_json(self.path/'provenance.json', 'provenance') | dict(finished=utc_now(), seconds=active_seconds(self.path))
     write_json(self.path/'provenance.json', prov)
     write_json(self.path/'metrics.json', dict(name=self.config.get('name'), key=self.config.get('key'), profile=self.profile,
-               seed=self.seed, metrics=metrics, tables=self.tables, figures=self.figures))
+               seed=self.seed if (used := self.namespace.get('seed')) is None else used,
+               metrics=metrics, tables=self.tables, figures=self.figures,
+               **(dict(rows=to_jsonable(self.rows)) if self.rows else {})))
     (self.path/'metrics.before.json').unlink(missing_ok=True)
     self.log('finished'); self.events.close(); release_lock(self.path)
     return self.path
@@ -286,10 +295,14 @@ def open_run(name,      # the experiment: experiments/NAME.ipynb
     params = resolve_params(notebook, profile, seed, given)
     key = run_key(notebook, params)
     config = dict(name=name, key=key, profile=params['profile'], seed=params['seed'], params=params)
-    path = Path(os.environ.get('VAE_NB_RUN') or s.runs/name/key)
+    path, asked = Path(os.environ.get('VAE_NB_RUN') or s.runs/name/key), os.environ.get('VAE_NB_SEED')
+    if asked and asked != str(params['seed']):
+        raise UserError(f"This run was asked for seed {asked} (VAE_NB_SEED), but the notebook's seed is {params['seed']}: "
+                        "do not set it there.")
     if 'VAE_NB_RUN' not in os.environ: hold_lock(path)          # vae-nb run holds it already
     if (path/'metrics.json').exists(): os.replace(path/'metrics.json', path/'metrics.before.json')    # not complete while it runs again
-    return start_run(path, config, notebook, device, repeat_command(notebook, params))
+    run = start_run(path, config, notebook, device, repeat_command(notebook, params)); run.namespace = namespace
+    return run
 
 # %% ../nbs/01_runs.ipynb #64df151a
 def read_run(path)->dict: # dict(path, config, provenance, metrics): metrics None if incomplete

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unfinished_cells', 'RunStatus', 'run_status', 'Stopper', 'stop_on_signals', 'section_titles', 'last_signal',
-           'Progress', 'Lines', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook']
+           'training_share', 'Progress', 'Lines', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook']
 
 # %% ../../nbs/60_runner.ipynb #edd38fee
 import contextlib, fcntl, json, os, shutil, signal, sys, tempfile, threading, time
@@ -128,12 +128,25 @@ def last_signal(folder)->str:
         return ' '.join([*where, *filter(None, [kind]), *words[:6]])
     return ''
 
+# %% ../../nbs/60_runner.ipynb #210547d7
+def training_share(folder)->float: # None if there is no training, or more than one
+    "Share of the steps that the one training below `folder` has done."
+    logs = list(Path(folder).glob('models/*/events.jsonl'))
+    if len(logs) != 1 or not logs[0].stat().st_size: return None
+    with open(logs[0], 'rb') as f:
+        first = f.readline(); f.seek(max(0, logs[0].stat().st_size - 65536)); lines = f.read().split(b'\n')[:-1]
+    with contextlib.suppress(ValueError):
+        total = json.loads(first).get('total_steps')
+        step = next((s for l in reversed(lines) if l.startswith(b'{') and (s := json.loads(l).get('step')) is not None), 0)
+        return step/total if total else None
+
 # %% ../../nbs/60_runner.ipynb #14851b08
 class Progress:
     "What a person sees while a notebook runs: cells done, printed lines, the latest signal; everything printed also goes to run.log."
-    def __init__(self, nb, folder, show=True, every=2):
+    def __init__(self, nb, folder, show=True, every=2, watch=None):
         # `nb` is the source; papermill inserts the cell of injected parameters, hence `begin`
         self.folder, self.titles, self.index, self.tty = Path(folder), section_titles(nb), 0, sys.stderr.isatty()
+        self.watch = watch or (lambda share, text: None)
         self.show, self.done, self.said = show, threading.Event(), time.time()
         self.log = open(self.folder/'run.log', 'a', encoding='utf-8')
         self.bar = tqdm(total=len(self.titles), unit='cell', leave=False, disable=not (show and self.tty), dynamic_ncols=True,
@@ -144,7 +157,13 @@ class Progress:
 
     def _beat(self, every):
         while not self.done.wait(every):
-            with contextlib.suppress(OSError): self.status(last_signal(self.folder))
+            with contextlib.suppress(OSError):
+                text = last_signal(self.folder); self.status(text); self.watch(self.share(), text)
+
+    def share(self)->float:
+        "How much is done, 0 to 1: by the steps of the training if there is only one, otherwise by cells."
+        inner = training_share(self.folder)
+        return min(1., inner if inner is not None else self.index/max(1, len(self.titles)))
 
     def cell(self, index):
         new = self.titles[index] != self.titles[self.index]
@@ -250,7 +269,8 @@ def run_notebook(notebook,      # path or name of an experiment
                  again=False,   # repeat a run that is complete, from nothing
                  runs=None,     # folder of runs; None: that of settings.ini
                  timeout=None,  # seconds for the whole notebook; None: no limit
-                 show=True      # progress on the terminal
+                 show=True,     # progress on the terminal
+                 watch=None     # called every two seconds with the share that is done; the run is stopped where it returns False
                 )->Path:        # the folder of the complete run
     "Run an experiment once. Raises `UserError` before anything starts, `RunFailed` if it did not come to its end."
     notebook = find_notebook(notebook); params = resolve_params(notebook, profile, seed, params)
@@ -261,7 +281,7 @@ def run_notebook(notebook,      # path or name of an experiment
             return path
         target = path.with_name(f'{key}.again') if again else path
         if again: shutil.rmtree(target, ignore_errors=True)
-        _execute(notebook, params, key, target, lock, timeout, show)
+        _execute(notebook, params, key, target, lock, timeout, show, watch)
         if again: _swap(target, path)
     return path
 
@@ -279,21 +299,23 @@ def _swap(new, old):
     new.rename(old); shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../../nbs/60_runner.ipynb #b7400601
-def _execute(notebook, params, key, path, lock, timeout, show):
+def _execute(notebook, params, key, path, lock, timeout, show, watch=None):
     path.mkdir(parents=True, exist_ok=True); s = load_settings()
     for old in ('metrics.json', 'failure.json', 'run.ipynb', 'run.failed.ipynb', 'run.running.ipynb'): (path/old).unlink(missing_ok=True)
     config = dict(name=notebook.stem, key=key, profile=params['profile'], seed=params['seed'], params=params)
     write_json(path/'config.json', config)     # what `open_run` will write too, so that a run that fails before is still a run
     nb, stop, running = nbformat.read(notebook, 4), Stopper(), path/'run.running.ipynb'
-    progress = Progress(nb, path, show)
+    def watched(share, text):
+        if watch and watch(share) is False and stop.reason is None: stop('interrupted')
+    progress = Progress(nb, path, show, watch=watched)
     if show: print(f"{repeat_command(notebook, params)}\n  -> {_short(path, s)}", file=sys.stderr)
     try:
         with stop_on_signals(stop):
             if timeout: stop.after(timeout, stop, 'timeout')
             papermill.execute_notebook(notebook, running, params, engine_name='vae_nb', kernel_name='python3', language='python',
                                        cwd=s.root, progress_bar=False, stop=stop, progress=progress, lock=lock,
-                                       env=os.environ | dict(VAE_NB_RUN=str(path)))
-        failure = _verdict(path, running, key)
+                                       env=os.environ | dict(VAE_NB_RUN=str(path), VAE_NB_SEED=str(params['seed'])))
+        failure = _verdict(path, running, key, params['seed'])
     except (Exception, KeyboardInterrupt) as e: failure = _explain(e, stop, timeout)
     finally: stop.close(); progress.close()
     if failure: _fail(path, running, notebook, *failure)
@@ -303,13 +325,15 @@ def _execute(notebook, params, key, path, lock, timeout, show):
 # %% ../../nbs/60_runner.ipynb #200441fa
 def _short(path, s): return path.relative_to(s.root) if path.is_relative_to(s.root) else path
 
-def _verdict(path, running, key):
+def _verdict(path, running, key, seed):
     "None if the run finished, else (reason, message)."
     bad = unfinished_cells(read_json(running, 'executed notebook'))
     if bad: return 'cells not run', f'code cell {bad[0][0]} {bad[0][1]}, though papermill reported no error'
     if not (path/'metrics.json').exists(): return 'no metrics', 'the notebook wrote no metrics.json; its last cell must be run.finish(...)'
     found = read_json(path/'config.json', 'configuration').get('key')
     if found != key: return 'changed', 'the notebook or the package was edited while the run started: run it again'
+    used = read_json(path/'metrics.json', 'metrics').get('seed', seed)
+    if used != seed: return 'seed', f'the notebook used seed {used}, where {seed} was asked for: it must not set its own'
 
 # %% ../../nbs/60_runner.ipynb #9f346ee6
 def _explain(e, stop, timeout):

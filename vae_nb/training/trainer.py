@@ -449,7 +449,7 @@ def fit(config:TrainConfig, # or a dict of its fields
     resumed = tr.restore()
     tr.tracker, tr.bar = Tracker(config, out), Progress(tr); tr.start_watch()
     if not resumed:
-        start = dict(kind='start', time=utc_now(), parameters=count_parameters(tr.vae))
+        start = dict(kind='start', time=utc_now(), parameters=count_parameters(tr.vae), total_steps=tr.total_steps)
         tr.log.write(start); tr.log.write(audit(tr.train, tr.data.n_symbols) | tr.look_at_input())
     with signals_to(tr):
         try: status = tr.loop()
