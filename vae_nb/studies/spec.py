@@ -35,6 +35,8 @@ class Criterion(_Model):
     metric: str
     operator: Literal['<', '<=', '>', '>=']
     threshold: float
+    configuration: str = Field('', description="the one it is about; empty: all")
+    claim: str = Field('', description="the sentence that it tests")
 
 class Original(_Model):
     "The sweep whose results are to be validated: a CSV file with a column of configurations and one of the metric."
@@ -88,6 +90,7 @@ class Spec(_Model):
         description="random seeds by phase: a list, or how many from 0")
     metric: str = Field('nelbo', description="metric that is compared")
     lower_is_better: bool = True
+    curve: str = Field('', description="metric of the learning curves, from the trainings' epoch events; empty: the compared one")
     margin: Optional[float] = Field(None, gt=0, description="what difference matters, in the metric's unit")
     baseline: str = Field('', description="configuration the others are held against; empty: the first")
     acceptance: list[Criterion] = []
@@ -215,6 +218,10 @@ def _check_parameters(spec, where, node, profile):
     if spec.baseline and spec.baseline not in names:
         line = _line(node, ['baseline'], profile)
         raise UserError(f"{where} line {line}: configuration {spec.baseline!r} is unknown.{nearest(spec.baseline, names)}")
+    for i, c in enumerate(spec.acceptance):
+        if c.configuration and c.configuration not in names:
+            raise UserError(f"{where} line {_line(node, ['acceptance', i, 'configuration'], profile)}: configuration {c.configuration!r} is "
+                            f"unknown.{nearest(c.configuration, names)}")
     for c, other in [(k, o) for k, v in spec.needs.items() for o in (k, *v.values())]:
         if other not in names: raise UserError(f"{where} line {_line(node, ['needs', c], profile)}: configuration {other!r} is unknown."
                                                f"{nearest(other, names)}")
