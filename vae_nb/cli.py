@@ -99,7 +99,7 @@ app = typer.Typer(name='vae-nb', cls=LazyGroup, rich_markup_mode=None, invoke_wi
                   epilog=_examples('vae-nb generate --out data/simplified_dataset_100k.npz',
                                    'vae-nb run experiments/capacity.ipynb --profile quick',
                                    'vae-nb train --help'))
-_order = 'generate train evaluate diagnose run promote report'.split()
+_order = 'generate train evaluate diagnose run study promote report'.split()
 
 @app.callback()
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option('--version', help="Print the version and leave.")] = False):
@@ -152,6 +152,20 @@ def _diagnose():
     return (with_options(run, [where, *function_options(diagnose, skip=['run'])], diagnose.__doc__ + " Ends with 0: sound, 3: findings, 2: "
                          "could not look."), _examples('vae-nb diagnose runs/train/trial', 'vae-nb diagnose runs/train/trial --mend',
                                                 'vae-nb diagnose my_vae.py --examples 500'))
+
+# %% ../nbs/93_cli.ipynb #fef43ffc
+@lazy('study', "Plan, run, watch and report a study: configurations times random seeds.")
+def _study():
+    from vae_nb.study import ACTIONS, study
+    def run(**given): return study(given.pop('spec'), given.pop('action'), **given)
+    arg = lambda n, kind, meta, text: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[
+        kind, typer.Argument(help=text, metavar=meta)])
+    own = [arg('spec', Path, 'SPEC', "YAML of the study"), arg('action', str, 'ACTION', ', '.join(ACTIONS))]
+    return (with_options(run, [*own, *function_options(study, skip=['spec', 'action'])], study.__doc__ + " Ends with 0: all is done, 1: "
+                         "something failed, 130: stopped; the same command goes on."),
+            _examples('vae-nb study experiments/validation.yaml plan', 'vae-nb study experiments/validation.yaml run --profile quick',
+                      'vae-nb study experiments/validation.yaml run --phase phase2 --on slurm',
+                      'vae-nb study experiments/validation.yaml report'))
 
 # %% ../nbs/93_cli.ipynb #34de291c
 def _say(result):

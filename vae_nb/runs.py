@@ -46,6 +46,7 @@ def load_profiles(notebook)->dict: # {profile: {parameter: value}}
     try: spec = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as e: raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     profiles = spec.get('profiles') if isinstance(spec, dict) else None
+    if isinstance(spec, dict) and 'study' in spec: return {p: {} for p in profiles or {}}   # a study beside the notebook that reports it
     if not isinstance(profiles, dict) or not all(isinstance(v, dict) or v is None for v in profiles.values()):
         raise UserError(f"{path} must hold 'profiles:', a mapping from a profile's name to its parameters.")
     return {k: v or {} for k, v in profiles.items()}

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['describe', 'StudyData', 'configuration_rows', 'difference_rows', 'single_seed', 'acceptance_rows', 'original_table',
-           'failure_rows', 'aggregate', 'no_nan', 'overview', 'stats', 'fewest', 'results_csv', 'plot_strips',
-           'plot_heatmap', 'plot_ranks', 'learning_curves', 'plot_learning', 'summary_text', 'fingerprint',
-           'write_results']
+           'failure_rows', 'aggregate', 'where_rows', 'no_nan', 'overview', 'stats', 'fewest', 'results_csv',
+           'plot_strips', 'plot_heatmap', 'plot_ranks', 'learning_curves', 'plot_learning', 'summary_text',
+           'fingerprint', 'write_results']
 
 # %% ../../nbs/68_results.ipynb #53f72daf
 import csv, io, json, math
 from pathlib import Path
 
-# %% ../../nbs/68_results.ipynb #a35a13c2
+# %% ../../nbs/68_results.ipynb #6eef27be
 import numpy as np
-from ..core import UserError, atomic_write, nearest, plural, to_jsonable, write_json
+from ..core import UserError, atomic_write, nearest, plural, read_json, to_jsonable, write_json
 from ..runs import markdown_table, read_events
 from .spec import Spec
 from .statistics import (compare, interval, iqm, kendall_w, probability_of_improvement, ranks, seeds_to_decide, stability,
@@ -134,7 +134,7 @@ def original_table(d:StudyData, rows:list, margin:float, tried:int)->list: # row
                         expected=r['expected'], verdict=r['verdict'], more_seeds=r['more_seeds'], why=r['why']))
     return res
 
-# %% ../../nbs/68_results.ipynb #e492dd6e
+# %% ../../nbs/68_results.ipynb #d844f471
 def failure_rows(d:StudyData)->list: # of dicts
     "Cells that failed, and those that are done without a value."
     res = []
@@ -155,6 +155,17 @@ def aggregate(d:StudyData)->list: # [] unless runs have several rows
             v, low, high = stratified_bootstrap(x, iqm); res.append(dict(configuration=c, seeds=len(x), tasks=x.shape[1], iqm=v,
                                                                                                low=low, high=high))
     return res
+def where_rows(d:StudyData)->list: # of dicts
+    "Where the done jobs ran, by the provenance in their folders, and what they took."
+    found = {}
+    for r in d.runs:
+        if r.state != 'done' or not (r.folder/'provenance.json').exists(): continue
+        p = read_json(r.folder/'provenance.json', 'provenance'); h = p.get('hardware') or {}
+        key = (h.get('gpu') or h.get('cpu') or 'unknown', p.get('commit') or 'no commit', bool(p.get('dirty')))
+        found.setdefault(key, []).append(r)
+    return [dict(on=hw, commit=commit + (' (changed since)' if dirty else ''), jobs=len(v),
+                 seconds_a_job=sum(r.seconds or 0. for r in v)/len(v))
+            for (hw, commit, dirty), v in found.items()]
 
 # %% ../../nbs/68_results.ipynb #54440a59
 def no_nan(o):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STATES', 'most_losses', 'this_host', 'derive_state', 'Store', 'add', 'cells', 'studies', 'describe',
-           'description', 'job', 'lose', 'claim', 'beat', 'finish', 'retry', 'cancel', 'attempts', 'results', 'summary',
-           'RunInfo', 'runs', 'busy', 'work_off']
+           'description', 'job', 'states', 'lose', 'claim', 'beat', 'finish', 'retry', 'cancel', 'attempts', 'results',
+           'summary', 'RunInfo', 'runs', 'busy', 'work_off']
 
 # %% ../../nbs/63_store.ipynb #6ed888d7
 import contextlib, json, os, socket, sqlite3, time
@@ -151,6 +151,14 @@ def job(self:Store, key)->dict:
     return found[0] | dict(params=json.loads(found[0]['params']), needs=tuple(json.loads(found[0]['needs'])))
 Store.job = job
 
+def states(self:Store, now=None)->dict: # {key: (state, seconds of the attempt that did it or None)}
+    "The state of every job there is, for a plan: nothing else is read."
+    newest = self.rows('select key, max(id) as id, beat, lease, ended, outcome, seconds from attempts group by key')
+    last = {r['key']: r for r in newest}
+    return {r['key']: (derive_state(last.get(r['key']), bool(r['cancelled']), r['retried'], now), last.get(r['key'], {}).get('seconds'))
+            for r in self.rows('select key, cancelled, retried from jobs')}
+Store.states = states
+
 # %% ../../nbs/63_store.ipynb #b8cc1b30
 most_losses = 3     # attempts at a job that may be lost before it counts as failed
 
@@ -228,9 +236,9 @@ Store.finish = finish
 
 # %% ../../nbs/63_store.ipynb #21f39908
 def retry(self:Store, study)->list: # keys
-    "Make the failed jobs of a study pending again; their attempts are kept."
-    keys = [(r['id'], r['key']) for r in self.cells(study) if r['state'] == 'failed']
-    with self.change() as c: c.executemany('update jobs set retried=? where key=?', keys)
+    "Make the failed and the cancelled jobs of a study pending again; their attempts are kept."
+    keys = [(r['id'] or 0, r['key']) for r in self.cells(study) if r['state'] in ('failed', 'cancelled')]
+    with self.change() as c: c.executemany('update jobs set retried=?, cancelled=0 where key=?', keys)
     return [k for _, k in keys]
 Store.retry = retry
 
