@@ -207,7 +207,7 @@ def results_csv(d:StudyData)->str:
                         *(x.get(n, '') for n in names)])
     return buf.getvalue()
 
-# %% ../../nbs/68_results.ipynb #271ab9ee
+# %% ../../nbs/68_results.ipynb #6543aa7f
 def plot_strips(d:StudyData, ax, metric=''):
     "Seeds of each configuration in a row, mean and 95 % t interval beside them, crosses at the edge for failed seeds."
     values, failed = d.of(metric or d.metric); names = d.configurations
@@ -227,7 +227,7 @@ def plot_heatmap(d:StudyData, ax, metric=''):
     with np.errstate(all='ignore'): mid = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in x.T])
     z = x - mid; m = np.nanmax(np.abs(z)) if np.isfinite(z).any() else 1.; cmap = 'PuOr' if d.lower else 'PuOr_r'
     im = ax.imshow(z, cmap=cmap, vmin=-(m or 1), vmax=m or 1, aspect='auto')
-    ax.figure.colorbar(im, ax=ax, label=f'{metric or d.metric} − median of seed')
+    ax.figure.colorbar(im, ax=ax, label=f'{metric or d.metric}\nminus the seed\'s median')
     for i, c in enumerate(d.configurations):
         for j, s in enumerate(d.seeds):
             if s in failed[c]: ax.text(j, i, '✗', ha='center', va='center', color='#b00')
