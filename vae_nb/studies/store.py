@@ -60,7 +60,11 @@ class Store:
     def __init__(self, path, wait:float=30.): # seconds to wait for another writer
         self.path, self.wait = Path(path), wait; self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._open() as c: c.execute('pragma journal_mode=wal'); c.executescript(SCHEMA)
+            with self._open() as c:
+                whole = c.execute("select count(*) from sqlite_master where type='table'").fetchone()[0] >= 6
+                if not whole: c.execute('pragma journal_mode=wal'); c.executescript(SCHEMA)      # readers write nothing
+        except sqlite3.OperationalError as e:
+            raise UserError(f"{self.path} could not be opened: {e}. Is the disk full, or the folder not writable?") from None
         except sqlite3.DatabaseError as e:
             raise UserError(f"{self.path} is not a store of studies, or is damaged ({e}): move it away and plan again.") from None
 

@@ -1,0 +1,199 @@
+"""Studies from the command line, and what must not hurt them: each test really kills, fills, edits or interrupts. Afterwards no result is
+lost, nothing was done twice, no process is left, and the same command goes on."""
+import contextlib, json, os, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+from conftest import kernels, wait_for
+
+from vae_nb.studies.store import Store
+
+STUDY = """study: {name}
+notebook: toy
+configurations: {{plain: {{focal: false}}, focal: {{focal: true}}}}
+seeds: {{phase1: {seeds}}}
+resources: {{timeout: {timeout}}}
+"""
+TRACE = "from pathlib import Path\nimport os, time\nopen('trace.txt', 'a').write(f'{run.focal} {seed} {os.getpid()}\\n')"
+WAIT = "while not Path('go').exists(): time.sleep(.05)"
+FINISH = "open('ended.txt', 'a').write(f'{run.focal} {seed}\\n')\nrun.finish(nelbo=70. + seed - run.focal)"
+
+
+class Toy:
+    "A project with one study of two configurations."
+    def __init__(self, project, *cells, seeds=1, timeout=60, name='toy'):
+        self.project, self.root, self.name = project, project.root, name
+        project.experiment('toy', TRACE, *cells, FINISH, params='focal: bool = False  # whether\n')
+        (self.root/'study.yaml').write_text(STUDY.format(name=name, seeds=seeds, timeout=timeout))
+
+    def __call__(self, *args, **kw): return self.project('study', 'study.yaml', *args, **kw)
+    def start(self, *args): return self.project.start('study', 'study.yaml', *args, start_new_session=True)
+    @property
+    def store(self): return Store(self.root/'runs'/'studies.db')
+    def rows(self): return self.store.runs(self.name)
+    def states(self): return [r.state for r in self.rows()]
+    def lines(self, name): p = self.root/name; return p.read_text().splitlines() if p.exists() else []
+
+    def running(self, n=1):
+        "Rows of which the notebook is at work; waits for `n` of them."
+        def found():
+            if not (self.root/'runs'/'studies.db').exists(): return
+            rows = [r for r in self.rows() if r.state == 'running' and kernels(r.folder)]
+            return rows if len(rows) >= n and len(self.lines('trace.txt')) >= n else None
+        return wait_for(found, what=f'{n} running notebooks')
+
+    def processes(self):
+        "Whatever still works for this project: workers and kernels."
+        mark, res = str(self.root).encode(), []
+        for p in os.listdir('/proc'):
+            with contextlib.suppress(OSError, ValueError):
+                cmd = open(f'/proc/{int(p)}/cmdline', 'rb').read()
+                if b'vae_nb.studies.worker' in cmd and mark in cmd: res.append(int(p))
+        return res + [k for r in self.rows() for k in kernels(r.folder)]
+
+    def check_whole(self, cells):
+        "All done, each once, nothing left running."
+        assert self.states() == ['done']*cells
+        assert len(self.store.results(self.name)) == cells
+        ended = self.lines('ended.txt'); assert len(ended) == len(set(ended)) == cells, ended
+        for r in self.rows(): assert sum(a['outcome'] == 'done' for a in self.store.attempts(r.key)) == 1
+        wait_for(lambda: not self.processes(), 10, 'an end of all processes')
+
+
+def test_from_plan_to_status(project):
+    t = Toy(project, seeds=3)
+    p = t('plan'); assert p.returncode == 0 and 'To run 6' in p.stdout and not (t.root/'runs').exists(), p.stderr
+    p = t('status'); assert p.returncode == 2 and 'Nothing of toy has been run yet' in p.stderr
+    p = t('run', '--jobs', '2'); assert p.returncode == 0, p.stderr
+    assert 'plain, seed 0: done' in p.stderr and '| plain | 3 |' in p.stdout and 'report' in p.stdout
+    t.check_whole(6)
+    data = {(r['configuration'], r['seed']): r['nelbo'] for r in t.store.results('toy')}
+    assert data['plain', 2] == 72 and data['focal', 2] == 71
+    for r in t.rows():          # the seed, all the way: row, parameters, run folder, the notebook's own word
+        assert r.params['seed'] == r.seed == json.loads((r.folder/'metrics.json').read_text())['seed']
+    before = t.store.version
+    p = t('run')
+    assert p.returncode == 0 and t.store.version == before and len(t.lines('trace.txt')) == 6     # again: nothing
+    p = t('plan'); assert 'Nothing to run' in p.stdout and 'done 6' in p.stdout
+    p = t('status'); assert p.returncode == 0 and p.stdout.count('✓') >= 6
+
+
+@pytest.mark.parametrize('args, said', [
+    (('study', 'nix.yaml', 'plan'), 'There is no study at nix.yaml'), (('study', 'study.yaml', 'rum'), "Did you mean 'run'"),
+    (('study', 'study.yaml', 'run', '--phase', 'phase2'), "Phase 'phase2' is unknown"), (('study', 'study.yaml', 'run', '--on', 'moon'),
+                                                                                         "'moon'"),
+    (('study', 'study.yaml', 'run', '--jobs', '0'), '--jobs 0'), (('study', 'study.yaml', 'run', '--profile', 'big'), 'has no profiles'),
+    (('study', 'study.yaml', 'report'), 'comes first'), (('study', 'study.yaml', 'fetch'), 'names no sweep')])
+def test_mistakes_get_one_sentence_and_start_nothing(project, args, said):
+    t = Toy(project); p = project(*args)
+    assert p.returncode == 2 and said in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+    assert not t.lines('trace.txt')
+
+
+def test_cell_error_killed_kernel_timeout_and_another_seed_are_failures_with_reasons(project):
+    t = Toy(project, "if seed == 0 and not run.focal: raise ValueError('no data')",
+            "import signal\nif seed == 0 and run.focal: os.kill(os.getpid(), signal.SIGKILL)",
+            "if seed == 1 and not run.focal: time.sleep(60)",
+            "if seed == 1 and run.focal and not Path('mended').exists(): seed = 99", seeds=2, timeout=8)
+    p = t('run'); assert p.returncode == 1
+    why = {(r.configuration, r.seed): r.reason for r in t.rows()}; assert t.states() == ['failed']*4
+    assert 'ValueError: no data' in why['plain', 0] and 'signal 9' in why['focal', 0]
+    assert 'timeout' in why['plain', 1] and 'seed 99' in why['focal', 1]
+    assert all(w in p.stdout for w in ('no data', 'signal 9', 'timeout', 'retry'))      # every failure is visible
+    codes = {(r.configuration, r.seed): r.exit_code for r in t.rows()}; assert codes['plain', 1] == 124
+    n = len(t.lines('trace.txt')); p = t('run')
+    assert p.returncode == 1 and len(t.lines('trace.txt')) == n      # failures wait for a person
+    (t.root/'mended').touch(); p = t('retry'); assert p.returncode == 0 and '4 jobs will be tried again' in p.stdout
+    p = t('run'); assert [r.state for r in t.rows() if (r.configuration, r.seed) == ('focal', 1)] == ['done']
+    wait_for(lambda: not t.processes(), 10, 'an end of all processes')
+
+
+def test_killed_worker_is_done_again_at_once(project):
+    t = Toy(project, WAIT)
+    p = t.start('run', '--jobs', '2'); rows = t.running(2)
+    for r in rows: os.kill(int(r.owner.rsplit(':', 1)[1]), signal.SIGKILL)
+    (t.root/'go').touch()
+    out, err = p.communicate(timeout=60); assert p.returncode == 0, err
+    t.check_whole(2); assert [a['outcome'] for a in t.store.attempts(rows[0].key)] == ['lost', 'done']
+    assert 'SIGKILL' in t.store.attempts(rows[0].key)[0]['reason']
+
+
+def test_killed_scheduler_leaves_nothing_and_goes_on(project):
+    t = Toy(project, "while seed == 1 and not Path('go').exists(): time.sleep(.05)", seeds=2)
+    p = t.start('run', '--jobs', '2')
+    wait_for(lambda: (t.root/'runs'/'studies.db').exists() and t.states()[:2] == ['done']*2, what='two done')
+    t.running(1); p.send_signal(signal.SIGKILL); p.communicate()
+    wait_for(lambda: not t.processes(), 20, 'an end of all processes')
+    assert t.states()[:2] == ['done']*2 and set(t.states()[2:]) <= {'pending'}
+    (t.root/'go').touch(); p = t('run'); assert p.returncode == 0, p.stderr
+    t.check_whole(4)
+
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_stopped_by_a_signal(project, sig):
+    t = Toy(project, WAIT)
+    p = t.start('run', '--jobs', '2'); t.running(2); os.killpg(p.pid, sig)
+    out, err = p.communicate(timeout=40); assert p.returncode == 130 and 'goes on' in err, err
+    assert not t.processes() and t.states() == ['pending']*2
+    (t.root/'go').touch(); p = t('run'); assert p.returncode == 0; t.check_whole(2)
+
+
+def test_two_schedulers_do_everything_once(project):
+    t = Toy(project, "time.sleep(.3)", seeds=3)
+    both = [t.start('run', '--jobs', '2') for _ in range(2)]
+    for p in both: out, err = p.communicate(timeout=120); assert p.returncode == 0, err
+    t.check_whole(6); assert len(t.lines('trace.txt')) == 6
+
+
+def test_edited_notebook_stops_the_study_and_an_undone_edit_goes_on(project):
+    t = Toy(project, WAIT, seeds=3); nb = t.root/'experiments'/'toy.ipynb'; before = nb.read_text()
+    p = t.start('run', '--jobs', '2'); t.running(2)
+    nb.write_text(before.replace('70. + seed', '71. + seed')); (t.root/'go').touch()
+    out, err = p.communicate(timeout=60); assert p.returncode == 2 and 'was edited' in err, err
+    assert t.states().count('done') == 2, [r.reason for r in t.rows()]
+    assert t.states().count('pending') == 4          # what ran was of the old version, and counts
+    nb.write_text(before); p = t('run'); assert p.returncode == 0, p.stderr
+    t.check_whole(6)
+
+
+def test_full_disk_loses_nothing(project):
+    "runs/ on a disk of its own that is full: the job fails with that word; with room again the study goes on."
+    runs = project.root/'runs'; runs.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', runs]).returncode:
+        pytest.skip('needs the right to mount')
+    try:
+        t = Toy(project,
+                "if not Path('go').exists():\n    with open(run.path/'big', 'wb') as f:\n        for _ in range(100): f.write(b'x'*100_000)")
+        p = t('run', '--jobs', '1', timeout=300); assert p.returncode != 0
+        said = p.stdout + p.stderr; assert 'No space left' in said or 'disk is full' in said or 'full' in said, said
+        (t.root/'go').touch()
+        for big in runs.glob('toy/*/big'): big.unlink()
+        t('retry'); p = t('run'); assert p.returncode == 0, p.stderr
+        t.check_whole(2); assert t.store.rows('pragma integrity_check') == [dict(integrity_check='ok')]
+    finally: subprocess.run(['umount', '-l', runs])
+
+
+def test_cancel_and_give_back(project):
+    t = Toy(project, WAIT)
+    p = t.start('run', '--jobs', '2'); t.running(2); assert t('cancel').returncode == 0
+    out, err = p.communicate(timeout=60); assert p.returncode == 1 and t.states() == ['cancelled']*2, err
+    (t.root/'go').touch(); assert 'tried again' in t('retry').stdout; assert t('run').returncode == 0; t.check_whole(2)
+
+
+def test_dependencies_hand_over_the_run_folder(project):
+    project.experiment('toy',
+                       "import json\nfrom pathlib import Path\nbase = json.loads((Path(run.base)/'metrics.json').read_text())['metrics'] if run.base else {}",
+                       "run.finish(nelbo=base.get('nelbo', 10.) + 1)", params="base: str = ''  # run to start from\nsteps: int = 1  # steps\n")
+    (project.root/'study.yaml').write_text("study: chain\nnotebook: toy\nconfigurations: {tuned: {steps: 2}, first: {steps: 1}}\n"
+                                           "needs: {tuned: {base: first}}\nseeds: {phase1: 2}\n")
+    p = project('study', 'study.yaml', 'run'); assert p.returncode == 0, p.stderr
+    found = {(r['configuration'], r['seed']): r['nelbo'] for r in Store(project.root/'runs'/'studies.db').results('chain')}
+    assert found == {('first', 0): 11, ('first', 1): 11, ('tuned', 0): 12, ('tuned', 1): 12}
+
+
+def test_a_lost_terminal_line_is_no_lost_row(project):
+    "Nobody reads the output: the study does not care."
+    t = Toy(project)
+    p = subprocess.Popen([Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run'], cwd=t.root, env=project.env(),
+                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    p.stdout.close(); p.wait(60); t.check_whole(2)
