@@ -162,8 +162,8 @@ def test_full_disk_loses_nothing(project):
     if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', runs]).returncode:
         pytest.skip('needs the right to mount')
     try:
-        t = Toy(project,
-                "if not Path('go').exists():\n    with open(run.path/'big', 'wb') as f:\n        for _ in range(100): f.write(b'x'*100_000)")
+        t = Toy(project, "if not Path('go').exists():\n    with open(run.path/'big', 'wb') as f:\n"
+                         "        for _ in range(100): f.write(b'x'*100_000)")
         p = t('run', '--jobs', '1', timeout=300); assert p.returncode != 0
         said = p.stdout + p.stderr; assert 'No space left' in said or 'disk is full' in said or 'full' in said, said
         (t.root/'go').touch()
@@ -181,9 +181,10 @@ def test_cancel_and_give_back(project):
 
 
 def test_dependencies_hand_over_the_run_folder(project):
-    project.experiment('toy',
-                       "import json\nfrom pathlib import Path\nbase = json.loads((Path(run.base)/'metrics.json').read_text())['metrics'] if run.base else {}",
-                       "run.finish(nelbo=base.get('nelbo', 10.) + 1)", params="base: str = ''  # run to start from\nsteps: int = 1  # steps\n")
+    project.experiment('toy', "import json\nfrom pathlib import Path\nbase = {}",
+                       "if run.base: base = json.loads((Path(run.base)/'metrics.json').read_text())['metrics']",
+                       "run.finish(nelbo=base.get('nelbo', 10.) + 1)",
+                       params="base: str = ''  # run to start from\nsteps: int = 1  # steps\n")
     (project.root/'study.yaml').write_text("study: chain\nnotebook: toy\nconfigurations: {tuned: {steps: 2}, first: {steps: 1}}\n"
                                            "needs: {tuned: {base: first}}\nseeds: {phase1: 2}\n")
     p = project('study', 'study.yaml', 'run'); assert p.returncode == 0, p.stderr

@@ -314,7 +314,7 @@ def fetch_original(path, profile='', api=None)->Path: # the file
         csv.writer(f, lineterminator='\n').writerows([[o.get('configuration', 'configuration'), value, *names], *rows])
     return file
 
-# %% ../nbs/95_study.ipynb #02b01f4d
+# %% ../nbs/95_study.ipynb #0b76265f
 ACTIONS = ('plan', 'run', 'status', 'retry', 'cancel', 'report', 'fetch')
 
 def study(spec,         # YAML of the study
@@ -322,7 +322,8 @@ def study(spec,         # YAML of the study
           profile='',   # a size of the study
           phase='',     # run up to and including this phase of seeds; default: the first
           on='local',   # where jobs run: local, ray, slurm or skypilot
-          jobs:int=None # at most so many at once; default: as many as fit
+          jobs:int=None,# at most so many at once; default: as many as fit
+          wandb=''      # with report: mirror the study in this W&B project (WANDB_MODE=offline works)
          )->int:        # exit code
     "Plan, run, watch and report a study."
     check_choice('Action', action, ACTIONS)
@@ -331,7 +332,10 @@ def study(spec,         # YAML of the study
     s = Study(spec, profile, phase)
     if action == 'plan': print(plan_text(s, Slots(machine_cpus(), (1.,)*len(machine_gpus())))); return 0
     if action == 'run': return _tell(s, run_study(s, on, jobs))
-    if action == 'report': print(_short(report_study(s))); return 0
+    if action == 'report':
+        print(_short(report_study(s)))
+        if wandb: _mirror(s, wandb)
+        return 0
     if not s.file.exists() or s.name not in s.store.studies():
         raise UserError(f"Nothing of {s.name} has been run yet: `{s.command('run')}` starts it.")
     if action == 'status': return _tell(s, s.rows())
@@ -340,6 +344,12 @@ def study(spec,         # YAML of the study
         print(f"{plural(len(keys), 'job')} will be tried again." + (f" `{s.command('run')}` starts them." if keys else ''))
     else: print(f"{plural(len(keys), 'job')} cancelled; those that run stop within seconds. `{s.command('retry')}` gives them back.")
     return 0
+
+def _mirror(s, project):
+    from vae_nb.studies.mirror import log_study
+    folder = Path(load_settings().runs)/'wandb'; folder.mkdir(parents=True, exist_ok=True)
+    sent = log_study(s.data(), project, folder=folder)
+    print(f"Mirrored in the W&B project {project}: {', '.join(sent['tables'])}.", *sent['alerts'], sep='\n', file=sys.stderr)
 
 def _tell(s, rows)->int:
     print(status_text(s, rows)); d = s.data()
