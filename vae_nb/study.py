@@ -11,9 +11,9 @@ __all__ = ['signs', 'ACTIONS', 'Study', 'planned', 'past_seconds', 'long_time', 
 import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 
-# %% ../nbs/95_study.ipynb #4949772a
+# %% ../nbs/95_study.ipynb #df20dabb
 from .core import UserError, check_choice, load_settings, plural, read_json
-from .runs import format_cell, markdown_table, notebook_parameters
+from .runs import markdown_table, notebook_parameters
 from .studies.clusters import make_dispatcher
 from .studies.dispatch import RoutingDispatcher, machine_cpus, machine_gpus, split
 from .studies.results import StudyData, describe, fingerprint
@@ -82,7 +82,7 @@ def past_seconds(study:Study, rows)->dict: # {configuration: (mean seconds, numb
             if like else None
             for c in dict.fromkeys(r.configuration for r in rows)}
 
-# %% ../nbs/95_study.ipynb #6b01135c
+# %% ../nbs/95_study.ipynb #ad55573d
 def long_time(seconds)->str:
     "'45 s', '12 min', '3.4 h'."
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
@@ -95,7 +95,8 @@ def plan_text(study:Study, whole:Slots)->str:
     table = []
     for c in past:
         mine = [x for x in rows if x.configuration == c]; own = study.scheduler.spec.configurations.get(c) or {}
-        params = ', '.join(f'{k}={format_cell(v)}' for k, v in mine[0].params.items() if k in own or k in study.spec.axes)
+        params = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in mine[0].params.items() if k in own
+                           or k in study.spec.axes)
         seeds = [x.seed for x in mine if x.state in ('pending', 'stale')]; cost = past[c]
         table.append({'configuration': c, 'parameters': params or '–', 'seeds to run': _span(seeds),
                       'done': sum(x.state == 'done' for x in mine),

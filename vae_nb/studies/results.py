@@ -73,17 +73,20 @@ def configuration_rows(d:StudyData, metric='')->list: # of dicts, one a configur
                         worst_seed=s['worst_seed'], worst=s['worst'], failed=s['failed'], failure_95=s['failure_95']))
     return res
 
-# %% ../../nbs/68_results.ipynb #def64317
+# %% ../../nbs/68_results.ipynb #3b56d67a
 def difference_rows(d:StudyData)->list: # of dicts, one for each configuration but the baseline
     "Paired differences from the baseline, Holm-corrected, with what they say."
     have = {c: v for c, v in d.values.items() if v}; res = []
     if d.baseline not in have: return []
     for r in compare(have, d.baseline, d.lower):
-        a, b = have[r['configuration']], have[d.baseline]; undecided = r['says'] == 'not decided'
-        effect = r['mean']/r['sd'] if r['sd'] and not math.isnan(r['sd']) else math.nan
-        more = seeds_to_decide(effect, r['n']) if undecided else 0
-        better = probability_of_improvement(a.values(), b.values(), d.lower)
-        res.append(r | dict(better_in=better, more_seeds='over 1000' if more < 0 else more))
+        a, b = have[r['configuration']], have[d.baseline]; scale = max(map(abs, [*a.values(), *b.values()]))
+        if r['n'] > 1 and r['sd'] <= 1e-9*scale:          # the same difference on every seed, up to rounding: no spread, no test
+            nothing = abs(r['mean']) <= 1e-9*scale; better = (r['mean'] < 0) == d.lower
+            r |= dict(p=math.nan, p_holm=math.nan, says='the same' if nothing
+                      else f"{'better' if better else 'worse'} on every seed, by the same")
+        undecided = r['says'] == 'not decided'; effect = r['mean']/r['sd'] if r['sd'] and not math.isnan(r['sd']) else math.nan
+        more = seeds_to_decide(effect, r['n']) if undecided else 0; wins = probability_of_improvement(a.values(), b.values(), d.lower)
+        res.append(r | dict(better_in=wins, more_seeds='over 1000' if more < 0 else more))
     return res
 
 # %% ../../nbs/68_results.ipynb #faae17d2

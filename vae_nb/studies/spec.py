@@ -32,16 +32,16 @@ class Resources(_Model):
 
 class Route(_Model):
     "Where jobs go that ask for at least so much; the first route that fits wins."
-    on: Literal['local', 'ray', 'slurm', 'skypilot']
-    kind: Optional[str] = None
-    cpus: int = 0
-    gpus: float = 0.
+    on: Literal['local', 'ray', 'slurm', 'skypilot'] = Field(description="engine of this route; the first route that fits wins")
+    kind: Optional[str] = Field(None, description="jobs of this kind; empty: of any")
+    cpus: int = Field(0, description="jobs that ask for at least so many cores")
+    gpus: float = Field(0., description="jobs that ask for at least so many cards")
 
 class Criterion(_Model):
     "What a configuration must reach, such as nelbo <= 80: its mean over the seeds."
-    metric: str
-    operator: Literal['<', '<=', '>', '>=']
-    threshold: float
+    metric: str = Field(description="any metric the notebook finishes with")
+    operator: Literal['<', '<=', '>', '>='] = Field(description="<, <=, > or >=")
+    threshold: float = Field(description="what the mean over the seeds is held against")
     configuration: str = Field('', description="the one it is about; empty: all")
     claim: str = Field('', description="the sentence that it tests")
 
@@ -96,7 +96,7 @@ class Spec(_Model):
     seeds: Annotated[dict[str, Union[int, list[int]]], AfterValidator(seeds_by_phase)] = Field(
         description="random seeds by phase: a list, or how many from 0")
     metric: str = Field('nelbo', description="metric that is compared")
-    lower_is_better: bool = True
+    lower_is_better: bool = Field(True, description="whether the smaller value wins")
     curve: str = Field('', description="metric of the learning curves, from the trainings' epoch events; empty: the compared one")
     margin: Optional[float] = Field(None, gt=0, description="what difference matters, in the metric's unit")
     baseline: str = Field('', description="configuration the others are held against; empty: the first")
