@@ -60,7 +60,9 @@ class Store:
     def __init__(self, path, wait:float=30.): # seconds to wait for another writer
         self.path, self.wait = Path(path), wait; self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._open() as c: c.execute('pragma journal_mode=wal'); c.executescript(SCHEMA)
+            with self._open() as c:
+                if not c.execute('pragma page_count').fetchone()[0]: c.execute('pragma journal_mode=wal')     # new; else as it was left
+                c.executescript(SCHEMA)
         except sqlite3.DatabaseError as e:
             raise UserError(f"{self.path} is not a store of studies, or is damaged ({e}): move it away and plan again.") from None
 
