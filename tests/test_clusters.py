@@ -229,8 +229,10 @@ def test_a_killed_worker_on_slurm_is_done_again(place, slurm):
     assert follow(slurm, h) == 'lost killed by SIGKILL' and place.outcomes(j) == ['lost'] and not place.left(j)
     work_off(place, slurm, [j]); assert place.outcomes(j) == ['lost', 'done'] and len(place.found(j)) == 1
 
-def test_why_a_job_on_slurm_failed(place, slurm):
-    j = place.job(25, fail=True); h = slurm.submit(j); assert follow(slurm, h) == 'ended failed'
+def test_why_a_job_on_slurm_failed(place, slurm, monkeypatch):
+    j = place.job(25, fail=True); h = slurm.submit(j); other = SlurmDispatcher(place.store); other.submit(j)
+    assert follow(slurm, h) == 'ended failed'
+    monkeypatch.setattr(other, 'states', lambda: {}); assert other.poll([h])[h] == 'ended failed'      # Slurm forgot it, the store did not
     assert place.store.attempts(j.key)[-1]['reason'].startswith('cell error: ValueError: no data')
 
 def test_what_cannot_run_on_slurm_is_refused(place, slurm):
@@ -248,9 +250,7 @@ def test_a_queue_of_so_many_jobs(place, slurm):
     assert q.slots().jobs == 0 and q.slots().take(j) is None and q.slots(whole=True).jobs == 1
     q.cancel(h); follow(q, h, 40); assert q.slots().jobs == 1
 
-def test_slurm_that_forgot_a_job_and_slurm_that_is_silent(place, slurm, monkeypatch):
-    d = SlurmDispatcher(place.store); j = place.job(29); h = d.submit(j); wait_for(lambda: place.state(j) == 'done', what='the job')
-    with monkeypatch.context() as m: m.setattr(d, 'states', lambda: {}); assert d.poll([h])[h] == 'ended done'
+def test_slurm_that_is_silent(place, slurm, monkeypatch):
     conf = Path(os.environ['SLURM_CONF']); other = conf.with_name('silent.conf')
     other.write_text(conf.read_text().replace('17817', '17819') + 'MessageTimeout=2\n'); monkeypatch.setenv('SLURM_CONF', str(other))
     s = SlurmDispatcher(place.store); t = time.time()
