@@ -4,7 +4,7 @@ import contextlib, json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from conftest import kernels, wait_for
+from conftest import ROOT, kernels, wait_for
 
 from vae_nb.studies.store import Store
 
@@ -198,3 +198,40 @@ def test_a_lost_terminal_line_is_no_lost_row(project):
     p = subprocess.Popen([Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run'], cwd=t.root, env=project.env(),
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     p.stdout.close(); p.wait(60); t.check_whole(2)
+
+
+SCRIPT = ROOT/'scripts'/'launch_validation.sh'
+
+def launch(*args, script=SCRIPT, cwd=ROOT, **env):
+    vae_nb = str(Path(sys.executable).with_name('vae-nb'))
+    return subprocess.run([script, *args], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | dict(VAE_NB=vae_nb) | env)
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--jobs', '0'], '--jobs 0'), (['--jobs'], '--jobs needs a value'), (['--on', 'moon'], '--on moon'), (['--profil', 'x'], '--profil is unknown'),
+    (['nix.yaml'], 'no study at nix.yaml'), (['--serve', '99999'], 'no port'), (['--profile', 'big', '--dry-run'], "'big' is unknown"),
+    (['a.yaml', 'b.yaml'], 'second one')])
+def test_launch_script_refuses(args, said):
+    p = launch(*args); assert p.returncode == 2 and said in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+
+
+def test_launch_script_dry_and_real(project):
+    p = launch('--dry-run', '--profile', 'tiny', '--jobs', '2', '--serve'); assert p.returncode == 0, p.stderr
+    assert 'To run' in p.stdout or 'Nothing to run' in p.stdout
+    assert 'study experiments/validation.yaml run --profile tiny --jobs 2' in p.stdout and 'serve --port 8321' in p.stdout
+    t = Toy(project); (t.root/'scripts').mkdir(); own = t.root/'scripts'/SCRIPT.name; own.write_text(SCRIPT.read_text()); own.chmod(0o755)
+    p = launch('study.yaml', '--dry-run', script=own, cwd=t.root); assert p.returncode == 0 and not (t.root/'runs').exists(), p.stderr
+    p = launch('study.yaml', '--no-report', script=own, cwd=t.root); assert p.returncode == 0, p.stderr
+    t.check_whole(2)
+
+
+def test_the_workflow_runs_the_smoke_study():
+    import yaml
+    from vae_nb.studies.spec import jobs_of, load_spec
+    flow = yaml.safe_load((ROOT/'.github'/'workflows'/'validation.yml').read_text()); steps = flow['jobs']['study']['steps']
+    text = '\n'.join(s.get('run', '') for s in steps); assert 'scripts/launch_validation.sh' in text and 'GITHUB_STEP_SUMMARY' in text
+    assert any('upload-artifact' in s.get('uses', '') for s in steps)
+    spec = load_spec(ROOT/'experiments'/'validation.yaml', 'tiny'); jobs = jobs_of(spec)
+    assert len({j.configuration for j in jobs}) == 2 and len({j.seed for j in jobs}) == 3
+    for s in steps:                                          # what the shell would run is at least a program
+        if 'run' in s: assert subprocess.run(['bash', '-n', '-c', s['run']]).returncode == 0
