@@ -117,7 +117,7 @@ class _Engine:
 
     def close(self): pass
 
-# %% ../../nbs/67_clusters.ipynb #adcc05e1
+# %% ../../nbs/67_clusters.ipynb #743945b4
 def import_ray():
     "Ray, or a `UserError` that says how to get it."
     try: import ray; return ray
@@ -139,7 +139,6 @@ def _environ(**new):
 
 def _task(): # nested, so that Ray sends the code itself: a Ray process need not import this package
     def job(argv, env, gpus, root, log):
-        import os, subprocess, sys, time
         cards = os.environ.get('CUDA_VISIBLE_DEVICES', '') if gpus else ''
         inherited = {k: v for k, v in os.environ.items() if k != 'RAY_AUTH_TOKEN'}
         argv = [*argv[:4], sys.executable, *argv[5:], '--parent', str(os.getpid())]
