@@ -20,7 +20,8 @@ VAE_NB = str(Path(sys.executable).with_name('vae-nb'))
 def project(root):
     (root/'experiments').mkdir(); (root/'settings.ini').write_text((load_settings().root/'settings.ini').read_text())
     (root/'vae_nb').symlink_to(load_settings().root/'vae_nb')
-    cells = ["profile: str = 'quick'\nseed: int = 0\nsize: float = 0.", "from vae_nb.runs import open_run\nrun = open_run('toy', globals())",
+    cells = ["profile: str = 'quick'\nseed: int = 0\nsize: float = 0.",
+             "from vae_nb.runs import open_run\nrun = open_run('toy', globals())",
              "run.finish(nelbo=70. + seed)"]
     made = [nbformat.v4.new_code_cell(c, id=f'c{i}') for i, c in enumerate(cells)]; made[0].metadata = dict(tags=['parameters'])
     meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
@@ -43,8 +44,8 @@ def overhead(root, n):
 
 
 def planning(root, configurations=500, seeds=200):
-    (root/'big.yaml').write_text(f"study: big\nnotebook: toy\naxes: {{size: {list(map(float, range(configurations)))}}}\nseeds: {{all: {seeds}}}\n")
-    res = {}
+    sizes = list(map(float, range(configurations))); res = {}
+    (root/'big.yaml').write_text(f"study: big\nnotebook: toy\naxes: {{size: {sizes}}}\nseeds: {{all: {seeds}}}\n")
     with contextlib.chdir(root):
         start = time.time(); s = Study('big.yaml', store=root/'big.db'); rows = planned(s); res['plan, nothing known'] = time.time() - start
         jobs = jobs_of(load_spec('big.yaml')); store = Store(root/'big.db')
@@ -55,7 +56,8 @@ def planning(root, configurations=500, seeds=200):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0]); p.add_argument('--jobs', type=int, default=6, help="jobs each way"); a = p.parse_args()
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--jobs', type=int, default=6, help="jobs each way"); a = p.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1'); h = hardware(); print(f"{h['cpu']}, {h['cores']} cores")
     with tempfile.TemporaryDirectory() as d:
         root = Path(d).resolve(); project(root); timed('run', 'toy', '--seed', '999', cwd=root)          # caches are warm for both

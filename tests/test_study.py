@@ -173,6 +173,13 @@ def test_full_disk_loses_nothing(project):
     finally: subprocess.run(['umount', '-l', runs])
 
 
+def test_a_worker_that_cannot_even_start_does_not_go_round_for_ever(project, monkeypatch):
+    t = Toy(project); bad = t.root/'bad'; bad.mkdir(); (bad/'sitecustomize.py').write_text(
+        "import sys\nif any('vae_nb.studies.worker' in a for a in sys.orig_argv): sys.exit('no such library')\n")
+    monkeypatch.setenv('PYTHONPATH', str(bad)); p = t('run'); assert p.returncode == 1, p.stderr
+    assert t.states() == ['failed']*2 and 'lost 3 times' in t.rows()[0].reason and not t.lines('trace.txt')
+
+
 def test_cancel_and_give_back(project):
     t = Toy(project, WAIT)
     p = t.start('run', '--jobs', '2'); t.running(2); assert t('cancel').returncode == 0
@@ -208,7 +215,8 @@ def launch(*args, script=SCRIPT, cwd=ROOT, **env):
 
 
 @pytest.mark.parametrize('args, said', [
-    (['--jobs', '0'], '--jobs 0'), (['--jobs'], '--jobs needs a value'), (['--on', 'moon'], '--on moon'), (['--profil', 'x'], '--profil is unknown'),
+    (['--jobs', '0'], '--jobs 0'), (['--jobs'], '--jobs needs a value'), (['--on', 'moon'], '--on moon'),
+    (['--profil', 'x'], '--profil is unknown'),
     (['nix.yaml'], 'no study at nix.yaml'), (['--serve', '99999'], 'no port'), (['--profile', 'big', '--dry-run'], "'big' is unknown"),
     (['a.yaml', 'b.yaml'], 'second one')])
 def test_launch_script_refuses(args, said):

@@ -1367,6 +1367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'vae_nb/studies/dispatch.py'),
                                          'vae_nb.studies.dispatch.LocalDispatcher._look': ( 'dispatch.html#localdispatcher._look',
                                                                                             'vae_nb/studies/dispatch.py'),
+                                         'vae_nb.studies.dispatch.LocalDispatcher._lost': ( 'dispatch.html#localdispatcher._lost',
+                                                                                            'vae_nb/studies/dispatch.py'),
                                          'vae_nb.studies.dispatch.LocalDispatcher._said': ( 'dispatch.html#localdispatcher._said',
                                                                                             'vae_nb/studies/dispatch.py'),
                                          'vae_nb.studies.dispatch.LocalDispatcher.cancel': ( 'dispatch.html#localdispatcher.cancel',

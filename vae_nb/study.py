@@ -52,14 +52,15 @@ def _short(path):
     path, root = Path(path).resolve(), load_settings().root
     return path.relative_to(root) if path.is_relative_to(root) else path
 
-# %% ../nbs/95_study.ipynb #94325fea
+# %% ../nbs/95_study.ipynb #db07527c
 def planned(study:Study)->list: # of `RunInfo`
     "The cells as they would be, looked up by key; nothing is written."
     known = study.store.states() if study.file.exists() else {}; root = Path(load_settings().runs)/find_notebook(study.spec.notebook).stem
     folders = {e.name for e in os.scandir(root)} if root.is_dir() else set(); order = list(study.spec.seeds); res = []
+    seen = set(order[:order.index(study.phase) + 1]); new = ('pending', None)
     for j in study.scheduler.jobs():
-        if order.index(j.phase) > order.index(study.phase): continue
-        state, seconds = known.get(j.key, ('pending', None))
+        if j.phase not in seen: continue
+        state, seconds = known.get(j.key, new)
         if state == 'pending' and j.key in folders and (j.folder/'metrics.json').exists(): state = 'done'
         res.append(RunInfo(j.study, j.configuration, j.seed, j.key, j.notebook, j.phase, j.kind, j.cpus, j.gpus, j.timeout, j.needs,
                            j.params,

@@ -7,7 +7,7 @@ __all__ = ['Resources', 'Route', 'Criterion', 'Original', 'seeds_by_phase', 'che
            'read_original', 'raw_spec', 'load_spec', 'configurations', 'in_order', 'Job', 'jobs_of']
 
 # %% ../../nbs/62_spec.ipynb #4495e844
-import csv, itertools, json
+import csv, hashlib, itertools, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Optional, Union
@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 # %% ../../nbs/62_spec.ipynb #85fe381a
-from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, hash_text, load_settings, nearest, to_jsonable
+from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, load_settings, nearest, to_jsonable
 from ..runs import load_profiles, notebook_parameters, resolve_params, run_key
 from .runner import find_notebook
 
@@ -302,7 +302,7 @@ def jobs_of(spec:Spec,
     source, package = hash_notebook(notebook), hash_package()                 # once: a study may have a hundred thousand cells
     base = {c: _resolved(spec, notebook, c, p) for c, p in configurations(spec).items()}
     text = {c: json.dumps(to_jsonable(p | dict(seed='\0')), sort_keys=True).split(json.dumps('\0')) for c, p in base.items()}
-    first = {}
+    start, name_ = hashlib.sha256(source.encode() + b'\0'), notebook.stem; end = f'\0{package}\0'.encode(); first = {}
     for name, seeds in spec.seeds.items():
         for s in seeds: first.setdefault(s, name)
     res, order = [], in_order(spec) if spec.needs else list(base)
@@ -311,9 +311,10 @@ def jobs_of(spec:Spec,
         for c in order:
             p, needs = base[c] | dict(seed=s), spec.needs.get(c, {})
             if needs: p |= {n: f'{Path(load_settings().runs).name}/{notebook.stem}/{key[o]}' for n, o in needs.items()}
-            # as `run_key`, without writing JSON for every cell
-            key[c] = run_key(notebook, p) if needs else hash_text(source, str(s).join(text[c]), package)
-            res.append(Job(key[c], spec.study, c, s, notebook.stem, p, first[s], r.cpus, r.gpus, r.timeout,
+            # as `run_key`, without writing JSON and hashing the notebook's source for every cell
+            if needs: key[c] = run_key(notebook, p)
+            else: h = start.copy(); h.update(str(s).join(text[c]).encode() + end); key[c] = h.hexdigest()[:12]
+            res.append(Job(key[c], spec.study, c, s, name_, p, first[s], r.cpus, r.gpus, r.timeout,
                            tuple(key[o] for o in needs.values()), spec.kind))
     return res
 
