@@ -19,7 +19,7 @@ from .store import STATES
 LOOKS = {'pending': ('·', 'transparent', 'inherit'), 'running': ('▸', '#d3e3f6', '#14304f'), 'done': ('✓', '#2b62a8', '#ffffff'),
          'failed': ('✗', '#c24a18', '#ffffff'), 'stale': ('?', '#f2c94c', '#2b2100'), 'cancelled': ('–', '#a3a9b2', '#15171b')}
 
-# %% ../../nbs/6a_widget.ipynb #42391d75
+# %% ../../nbs/6a_widget.ipynb #9ea5d308
 STYLE = """
 .vnb { --fg: light-dark(#1d2129, #e4e7ec); --soft: light-dark(#626a76, #9aa3b0); --line: light-dark(#dfe3e8, #3a404a);
   --bg: light-dark(#ffffff, #16191e); --lift: light-dark(#f5f7f9, #20242b); --mark: light-dark(#2b62a8, #86b6f2);
@@ -41,19 +41,19 @@ STYLE = """
 .vnb thead th:first-child { z-index: 3; background: var(--lift); }
 .vnb .matrix tr > :nth-child(n+2) { padding: 1px; text-align: center; min-width: 24px; }
 .vnb .matrix tr > :nth-child(2) { padding-left: 6px; }  .vnb .matrix tr > :last-child { padding-right: 6px; }
-.vnb .matrix thead tr > .long { writing-mode: vertical-rl; height: auto; padding: 6px 1px; }
+.vnb table.matrix { margin: 0 0 3px; }  .vnb .matrix thead tr > .long { writing-mode: vertical-rl; height: auto; padding: 6px 1px; }
 .vnb .cell { position: relative; display: inline-grid; place-items: center; width: 22px; height: 22px; padding: 0; border: 0;
   border-radius: 4px; overflow: hidden; font: 600 12px/1 system-ui, sans-serif; }
 .vnb button.cell { cursor: pointer; }  .vnb .cell b { position: relative; font-weight: 600; }
 .vnb .cell i { position: absolute; left: 0; bottom: 0; top: 0; background: #8db7ea; }
 .vnb .cell.s-pending { border: 1px solid var(--line); color: var(--soft); }
-.vnb .cell:focus-visible, .vnb .cell[aria-pressed="true"] { outline: 2px solid var(--fg); outline-offset: 1px; overflow: visible; }
+.vnb .cell:focus-visible, .vnb .cell[aria-pressed="true"] { outline: 2px solid var(--fg); outline-offset: 0; }
 .vnb .said { min-height: 20px; margin-top: 5px; color: var(--soft); font-size: 12px; }
 .vnb .panel { border: 1px solid var(--line); border-radius: 6px; background: var(--lift); padding: 10px 14px 12px; margin-top: 6px;
   max-width: 900px; }
 .vnb .panel header { display: flex; gap: 8px; align-items: center; }  .vnb .panel header strong { flex: 1; font-weight: 600; }
 .vnb .panel dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
-.vnb .panel dt { color: var(--soft); }  .vnb .panel dd { margin: 0; overflow-wrap: anywhere; }
+.vnb .panel dt { color: var(--soft); font-weight: 400; }  .vnb .panel dd { margin: 0; overflow-wrap: anywhere; }
 .vnb .panel pre { margin: 8px 0 0; padding: 8px 10px; max-height: 260px; overflow: auto; background: var(--bg); color: var(--fg);
   border: 1px solid var(--line); border-radius: 4px; font: 12px/1.45 ui-monospace, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -180,7 +180,7 @@ function choose(v, key, act) {
 }
 """
 
-# %% ../../nbs/6a_widget.ipynb #0bc358c5
+# %% ../../nbs/6a_widget.ipynb #e541de84
 _SUMMARY = r"""
 function scaleOf(stats, width) {
   const all = Object.values(stats.values).flatMap(Object.values); if (!all.length) return null;
@@ -193,15 +193,17 @@ const rule = (x, a, b, props) => s('line', {x1: x, x2: x, y1: a, y2: b, stroke: 
 
 function axis(k) {
   const [at, d] = k.ticks, look = {y: 12, 'text-anchor': 'middle', 'font-size': 11, fill: 'currentColor'};
-  return s('svg', {width: k.width, height: 24, 'aria-hidden': 'true'}, ...at.map(x => s('text', {x: k.x(x), ...look}, number(x, d))),
+  const whole = x => k.x(x) > 18 && k.x(x) < k.width - 18;
+  return s('svg', {width: k.width, height: 24, 'aria-hidden': 'true'},
+    ...at.filter(whole).map(x => s('text', {x: k.x(x), ...look}, number(x, d))),
     ...at.map(x => rule(k.x(x), 18, 24, {opacity: .4})));
 }
 
 function strip(row, values, base, k) {                                      // one configuration
-  const f = y => k.x(y), edge = y => clip(f(y), 2, k.width - 2), mid = 14, out = k.ticks[0].map(x => rule(f(x), 0, 28, {opacity: .09}));
+  const f = y => k.x(y), edge = y => clip(f(y), 2, k.width - 2), mid = 21, out = k.ticks[0].map(x => rule(f(x), 0, 28, {opacity: .09}));
   if (base != null) out.push(rule(f(base), 0, 28, {opacity: .55, 'stroke-dasharray': '3 3'}));
   const dot = {r: 3, fill: '#4d8fdb', 'fill-opacity': .65};
-  Object.entries(values).forEach(([seed, y], i) => out.push(s('circle', {cx: f(y), cy: mid + [0, -4, 4, -2, 2][i % 5], ...dot},
+  Object.entries(values).forEach(([seed, y], i) => out.push(s('circle', {cx: f(y), cy: 9 + [0, -3, 3, -1.5, 1.5][i % 5], ...dot},
     s('title', {}, `seed ${seed}: ${number(y, k.d)}`))));
   if (row.low != null) {
     out.push(s('line', {x1: edge(row.low), x2: edge(row.high), y1: mid, y2: mid, stroke: 'currentColor', 'stroke-width': 1.6}));
@@ -211,7 +213,7 @@ function strip(row, values, base, k) {                                      // o
         stroke: 'currentColor', 'stroke-width': 1.6}));
     }
   }
-  if (row.mean != null) out.push(s('rect', {x: f(row.mean) - 2, y: mid - 6, width: 4, height: 12, fill: 'currentColor'}));
+  if (row.mean != null) out.push(s('rect', {x: f(row.mean) - 2, y: mid - 5, width: 4, height: 10, fill: 'currentColor'}));
   return s('svg', {width: k.width, height: 28, role: 'img', 'aria-label': `${row.configuration}: ${row.n} seeds`}, ...out);
 }
 
@@ -406,17 +408,17 @@ def _scale(stats, width=320):
     low, high = max(min([low, *ends]), low - .6*size) - .04*size, min(max([high, *ends]), high + .6*size) + .04*size
     return lambda y: 8 + (width - 16)*(y - low)/(high - low), _decimals(all_), low, high, width
 
-# %% ../../nbs/6a_widget.ipynb #6598ace6
+# %% ../../nbs/6a_widget.ipynb #640f6d02
 def _strip(row, values, base, scale):
     x, d, low, high, width = scale; out = []; line = 'stroke="currentColor"'
     if base is not None: out.append(f'<path d="M{x(base):.1f} 0V28" {line} opacity=".55" stroke-dasharray="3 3"/>')
     for i, y in enumerate(values.values()):
-        out.append(f'<circle cx="{x(y):.1f}" cy="{14 + (0, -4, 4, -2, 2)[i % 5]}" r="3" fill="#4d8fdb" fill-opacity=".65"/>')
+        out.append(f'<circle cx="{x(y):.1f}" cy="{9 + (0, -3, 3, -1.5, 1.5)[i % 5]}" r="3" fill="#4d8fdb" fill-opacity=".65"/>')
     if row['low'] is not None:
         a, b = (min(width - 2, max(2, x(row[k]))) for k in ('low', 'high'))
-        cap = lambda p, k, s: f'M{p - 5*s:.1f} 10L{p:.1f} 14L{p - 5*s:.1f} 18' if abs(x(row[k]) - p) > .5 else f'M{p:.1f} 10V18'
-        out.append(f'<path d="M{a:.1f} 14H{b:.1f}{cap(a, "low", -1)}{cap(b, "high", 1)}" {line} stroke-width="1.6" fill="none"/>')
-    if row['mean'] is not None: out.append(f'<rect x="{x(row["mean"]) - 2:.1f}" y="8" width="4" height="12" fill="currentColor"/>')
+        cap = lambda p, k, s: f'M{p - 5*s:.1f} 17L{p:.1f} 21L{p - 5*s:.1f} 25' if abs(x(row[k]) - p) > .5 else f'M{p:.1f} 17V25'
+        out.append(f'<path d="M{a:.1f} 21H{b:.1f}{cap(a, "low", -1)}{cap(b, "high", 1)}" {line} stroke-width="1.6" fill="none"/>')
+    if row['mean'] is not None: out.append(f'<rect x="{x(row["mean"]) - 2:.1f}" y="16" width="4" height="10" fill="currentColor"/>')
     return f'<svg width="{width}" height="28" viewBox="0 0 {width} 28">{"".join(out)}</svg>'
 
 def _still_summary(stats):
