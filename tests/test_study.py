@@ -180,6 +180,19 @@ def test_a_worker_that_cannot_even_start_does_not_go_round_for_ever(project, mon
     assert t.states() == ['failed']*2 and 'lost 3 times' in t.rows()[0].reason and not t.lines('trace.txt')
 
 
+def test_a_terminal_shows_a_live_table(project):
+    import pty
+    t = Toy(project, seeds=2); screen, theirs = pty.openpty()
+    argv = [Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run']
+    p = subprocess.Popen(argv, cwd=t.root, env=project.env() | dict(TERM='xterm'), stdout=theirs, stderr=theirs, stdin=theirs); os.close(theirs)
+    seen = b''
+    with contextlib.suppress(OSError):                          # the terminal is gone when the program is
+        while (piece := os.read(screen, 65536)): seen += piece
+    assert p.wait(60) == 0; text = seen.decode(errors='replace')
+    assert '▶ running' in text and '┃' in text and '| plain | ✓ | ✓ |' in text
+    t.check_whole(4)
+
+
 def test_cancel_and_give_back(project):
     t = Toy(project, WAIT)
     p = t.start('run', '--jobs', '2'); t.running(2); assert t('cancel').returncode == 0

@@ -170,7 +170,7 @@ def status_text(study:Study, rows=None)->str:
     if stuck: out.append(f"{plural(len(stuck), 'job')} will never start: what they need failed or was cancelled.")
     return '\n'.join(out)
 
-# %% ../nbs/95_study.ipynb #e1bddb31
+# %% ../nbs/95_study.ipynb #51665aa3
 class Screen:
     "Shows a study while it runs: a live table on a terminal, a line for each change in a log."
     def __init__(self, study, show=True):
@@ -181,12 +181,13 @@ class Screen:
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True); self.live.start()
 
     def table(self, rows):
+        from rich.console import Group
         from rich.table import Table
-        t = Table(title=f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}', title_justify='left', pad_edge=False)
-        data = matrix_rows(rows); style = {'✓': 'green', '▶': 'cyan', '✗': 'red', '?': 'yellow'}
-        for k in data[0]: t.add_column(k, no_wrap=True)
-        for d in data: t.add_row(*(f'[{style[v[0]]}]{v}[/]' if (v := str(x))[:1] in style else v for x in d.values()))
-        return t
+        from rich.text import Text
+        t = Table(pad_edge=False); data = matrix_rows(rows); style = {'✓': 'green', '▶': 'cyan', '✗': 'red', '?': 'yellow'}
+        for k in data[0]: t.add_column(Text(k), no_wrap=True)
+        for d in data: t.add_row(*(Text(str(x), style=style.get(str(x)[:1], '')) for x in d.values()))
+        return Group(Text(f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}'), t)
 
     def update(self, rows):
         if self.live: self.live.update(self.table(rows), refresh=True)
