@@ -184,7 +184,8 @@ def test_a_terminal_shows_a_live_table(project):
     import pty
     t = Toy(project, seeds=2); screen, theirs = pty.openpty()
     argv = [Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run']
-    p = subprocess.Popen(argv, cwd=t.root, env=project.env() | dict(TERM='xterm'), stdout=theirs, stderr=theirs, stdin=theirs); os.close(theirs)
+    p = subprocess.Popen(argv, cwd=t.root, env=project.env() | dict(TERM='xterm'), stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
     seen = b''
     with contextlib.suppress(OSError):                          # the terminal is gone when the program is
         while (piece := os.read(screen, 65536)): seen += piece
