@@ -4,7 +4,7 @@ import contextlib, json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from conftest import kernels, wait_for
+from conftest import ROOT, kernels, wait_for
 
 from vae_nb.studies.store import Store
 
@@ -162,8 +162,8 @@ def test_full_disk_loses_nothing(project):
     if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', runs]).returncode:
         pytest.skip('needs the right to mount')
     try:
-        t = Toy(project,
-                "if not Path('go').exists():\n    with open(run.path/'big', 'wb') as f:\n        for _ in range(100): f.write(b'x'*100_000)")
+        t = Toy(project, "if not Path('go').exists():\n    with open(run.path/'big', 'wb') as f:\n"
+                         "        for _ in range(100): f.write(b'x'*100_000)")
         p = t('run', '--jobs', '1', timeout=300); assert p.returncode != 0
         said = p.stdout + p.stderr; assert 'No space left' in said or 'disk is full' in said or 'full' in said, said
         (t.root/'go').touch()
@@ -171,6 +171,27 @@ def test_full_disk_loses_nothing(project):
         t('retry'); p = t('run'); assert p.returncode == 0, p.stderr
         t.check_whole(2); assert t.store.rows('pragma integrity_check') == [dict(integrity_check='ok')]
     finally: subprocess.run(['umount', '-l', runs])
+
+
+def test_a_worker_that_cannot_even_start_does_not_go_round_for_ever(project, monkeypatch):
+    t = Toy(project); bad = t.root/'bad'; bad.mkdir(); (bad/'sitecustomize.py').write_text(
+        "import sys\nif any('vae_nb.studies.worker' in a for a in sys.orig_argv): sys.exit('no such library')\n")
+    monkeypatch.setenv('PYTHONPATH', str(bad)); p = t('run'); assert p.returncode == 1, p.stderr
+    assert t.states() == ['failed']*2 and 'lost 3 times' in t.rows()[0].reason and not t.lines('trace.txt')
+
+
+def test_a_terminal_shows_a_live_table(project):
+    import pty
+    t = Toy(project, seeds=2); screen, theirs = pty.openpty()
+    argv = [Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run']
+    p = subprocess.Popen(argv, cwd=t.root, env=project.env() | dict(TERM='xterm'), stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    seen = b''
+    with contextlib.suppress(OSError):                          # the terminal is gone when the program is
+        while (piece := os.read(screen, 65536)): seen += piece
+    assert p.wait(60) == 0; text = seen.decode(errors='replace')
+    assert '▶ running' in text and '┃' in text and '| plain | ✓ | ✓ |' in text
+    t.check_whole(4)
 
 
 def test_cancel_and_give_back(project):
@@ -181,9 +202,10 @@ def test_cancel_and_give_back(project):
 
 
 def test_dependencies_hand_over_the_run_folder(project):
-    project.experiment('toy',
-                       "import json\nfrom pathlib import Path\nbase = json.loads((Path(run.base)/'metrics.json').read_text())['metrics'] if run.base else {}",
-                       "run.finish(nelbo=base.get('nelbo', 10.) + 1)", params="base: str = ''  # run to start from\nsteps: int = 1  # steps\n")
+    project.experiment('toy', "import json\nfrom pathlib import Path\nbase = {}",
+                       "if run.base: base = json.loads((Path(run.base)/'metrics.json').read_text())['metrics']",
+                       "run.finish(nelbo=base.get('nelbo', 10.) + 1)",
+                       params="base: str = ''  # run to start from\nsteps: int = 1  # steps\n")
     (project.root/'study.yaml').write_text("study: chain\nnotebook: toy\nconfigurations: {tuned: {steps: 2}, first: {steps: 1}}\n"
                                            "needs: {tuned: {base: first}}\nseeds: {phase1: 2}\n")
     p = project('study', 'study.yaml', 'run'); assert p.returncode == 0, p.stderr
@@ -197,3 +219,41 @@ def test_a_lost_terminal_line_is_no_lost_row(project):
     p = subprocess.Popen([Path(sys.executable).with_name('vae-nb'), 'study', 'study.yaml', 'run'], cwd=t.root, env=project.env(),
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     p.stdout.close(); p.wait(60); t.check_whole(2)
+
+
+SCRIPT = ROOT/'scripts'/'launch_validation.sh'
+
+def launch(*args, script=SCRIPT, cwd=ROOT, **env):
+    vae_nb = str(Path(sys.executable).with_name('vae-nb'))
+    return subprocess.run([script, *args], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | dict(VAE_NB=vae_nb) | env)
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--jobs', '0'], '--jobs 0'), (['--jobs'], '--jobs needs a value'), (['--on', 'moon'], '--on moon'),
+    (['--profil', 'x'], '--profil is unknown'),
+    (['nix.yaml'], 'no study at nix.yaml'), (['--serve', '99999'], 'no port'), (['--profile', 'big', '--dry-run'], "'big' is unknown"),
+    (['a.yaml', 'b.yaml'], 'second one')])
+def test_launch_script_refuses(args, said):
+    p = launch(*args); assert p.returncode == 2 and said in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+
+
+def test_launch_script_dry_and_real(project):
+    p = launch('--dry-run', '--profile', 'tiny', '--jobs', '2', '--serve'); assert p.returncode == 0, p.stderr
+    assert 'To run' in p.stdout or 'Nothing to run' in p.stdout
+    assert 'study experiments/validation.yaml run --profile tiny --jobs 2' in p.stdout and 'serve --port 8321' in p.stdout
+    t = Toy(project); (t.root/'scripts').mkdir(); own = t.root/'scripts'/SCRIPT.name; own.write_text(SCRIPT.read_text()); own.chmod(0o755)
+    p = launch('study.yaml', '--dry-run', script=own, cwd=t.root); assert p.returncode == 0 and not (t.root/'runs').exists(), p.stderr
+    p = launch('study.yaml', '--no-report', script=own, cwd=t.root); assert p.returncode == 0, p.stderr
+    t.check_whole(2)
+
+
+def test_the_workflow_runs_the_smoke_study():
+    import yaml
+    from vae_nb.studies.spec import jobs_of, load_spec
+    flow = yaml.safe_load((ROOT/'.github'/'workflows'/'validation.yml').read_text()); steps = flow['jobs']['study']['steps']
+    text = '\n'.join(s.get('run', '') for s in steps); assert 'scripts/launch_validation.sh' in text and 'GITHUB_STEP_SUMMARY' in text
+    assert any('upload-artifact' in s.get('uses', '') for s in steps)
+    spec = load_spec(ROOT/'experiments'/'validation.yaml', 'tiny'); jobs = jobs_of(spec)
+    assert len({j.configuration for j in jobs}) == 2 and len({j.seed for j in jobs}) == 3
+    for s in steps:                                          # what the shell would run is at least a program
+        if 'run' in s: assert subprocess.run(['bash', '-n', '-c', s['run']]).returncode == 0

@@ -99,7 +99,7 @@ app = typer.Typer(name='vae-nb', cls=LazyGroup, rich_markup_mode=None, invoke_wi
                   epilog=_examples('vae-nb generate --out data/simplified_dataset_100k.npz',
                                    'vae-nb run experiments/capacity.ipynb --profile quick',
                                    'vae-nb train --help'))
-_order = 'generate train evaluate diagnose run study promote report'.split()
+_order = 'generate train evaluate diagnose run study serve promote report'.split()
 
 @app.callback()
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option('--version', help="Print the version and leave.")] = False):
@@ -166,6 +166,13 @@ def _study():
             _examples('vae-nb study experiments/validation.yaml plan', 'vae-nb study experiments/validation.yaml run --profile quick',
                       'vae-nb study experiments/validation.yaml run --phase phase2 --on slurm',
                       'vae-nb study experiments/validation.yaml report'))
+
+# %% ../nbs/93_cli.ipynb #d738c45e
+@lazy('serve', "Watch studies in a browser, on this machine.")
+def _serve():
+    from vae_nb.studies.service import serve
+    return (with_options(lambda **given: serve(**given), function_options(serve, skip=['store']), serve.__doc__),
+            _examples('vae-nb serve', 'vae-nb serve --port 9000 --open-browser'))
 
 # %% ../nbs/93_cli.ipynb #34de291c
 def _say(result):

@@ -16,14 +16,14 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from .core import (UserError, atomic_write, check_choice, check_seed, hash_notebook, hash_package, hash_text, load_settings,
-                         nearest, provenance, read_json, to_jsonable, utc_now, write_json)
+                         nearest, provenance, quick_notebooks, read_json, to_jsonable, utc_now, write_json)
 
 # %% ../nbs/01_runs.ipynb #881788f2
 _types = {t.__name__: t for t in (int, float, str, bool, list, dict)}
 
 def notebook_parameters(path)->dict: # {name: dict(default, type, help)}
     "The parameters a notebook declares. Raises `UserError` if it has no cell tagged `parameters`."
-    import papermill as pm
+    with quick_notebooks(): import papermill as pm
     nb = read_json(path, 'notebook')
     if not any('parameters' in c.get('metadata', {}).get('tags', []) for c in nb.get('cells', [])):
         raise UserError(f"{path} has no cell tagged 'parameters': add the tag, so that papermill can fill it in.")

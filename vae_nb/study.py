@@ -11,9 +11,9 @@ __all__ = ['signs', 'ACTIONS', 'Study', 'planned', 'past_seconds', 'long_time', 
 import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 
-# %% ../nbs/95_study.ipynb #4949772a
+# %% ../nbs/95_study.ipynb #df20dabb
 from .core import UserError, check_choice, load_settings, plural, read_json
-from .runs import format_cell, markdown_table, notebook_parameters
+from .runs import markdown_table, notebook_parameters
 from .studies.clusters import make_dispatcher
 from .studies.dispatch import RoutingDispatcher, machine_cpus, machine_gpus, split
 from .studies.results import StudyData, describe, fingerprint
@@ -52,14 +52,15 @@ def _short(path):
     path, root = Path(path).resolve(), load_settings().root
     return path.relative_to(root) if path.is_relative_to(root) else path
 
-# %% ../nbs/95_study.ipynb #94325fea
+# %% ../nbs/95_study.ipynb #db07527c
 def planned(study:Study)->list: # of `RunInfo`
     "The cells as they would be, looked up by key; nothing is written."
     known = study.store.states() if study.file.exists() else {}; root = Path(load_settings().runs)/find_notebook(study.spec.notebook).stem
     folders = {e.name for e in os.scandir(root)} if root.is_dir() else set(); order = list(study.spec.seeds); res = []
+    seen = set(order[:order.index(study.phase) + 1]); new = ('pending', None)
     for j in study.scheduler.jobs():
-        if order.index(j.phase) > order.index(study.phase): continue
-        state, seconds = known.get(j.key, ('pending', None))
+        if j.phase not in seen: continue
+        state, seconds = known.get(j.key, new)
         if state == 'pending' and j.key in folders and (j.folder/'metrics.json').exists(): state = 'done'
         res.append(RunInfo(j.study, j.configuration, j.seed, j.key, j.notebook, j.phase, j.kind, j.cpus, j.gpus, j.timeout, j.needs,
                            j.params,
@@ -82,7 +83,7 @@ def past_seconds(study:Study, rows)->dict: # {configuration: (mean seconds, numb
             if like else None
             for c in dict.fromkeys(r.configuration for r in rows)}
 
-# %% ../nbs/95_study.ipynb #6b01135c
+# %% ../nbs/95_study.ipynb #ad55573d
 def long_time(seconds)->str:
     "'45 s', '12 min', '3.4 h'."
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
@@ -95,7 +96,8 @@ def plan_text(study:Study, whole:Slots)->str:
     table = []
     for c in past:
         mine = [x for x in rows if x.configuration == c]; own = study.scheduler.spec.configurations.get(c) or {}
-        params = ', '.join(f'{k}={format_cell(v)}' for k, v in mine[0].params.items() if k in own or k in study.spec.axes)
+        params = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in mine[0].params.items() if k in own
+                           or k in study.spec.axes)
         seeds = [x.seed for x in mine if x.state in ('pending', 'stale')]; cost = past[c]
         table.append({'configuration': c, 'parameters': params or '–', 'seeds to run': _span(seeds),
                       'done': sum(x.state == 'done' for x in mine),
@@ -168,7 +170,7 @@ def status_text(study:Study, rows=None)->str:
     if stuck: out.append(f"{plural(len(stuck), 'job')} will never start: what they need failed or was cancelled.")
     return '\n'.join(out)
 
-# %% ../nbs/95_study.ipynb #e1bddb31
+# %% ../nbs/95_study.ipynb #51665aa3
 class Screen:
     "Shows a study while it runs: a live table on a terminal, a line for each change in a log."
     def __init__(self, study, show=True):
@@ -179,12 +181,13 @@ class Screen:
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True); self.live.start()
 
     def table(self, rows):
+        from rich.console import Group
         from rich.table import Table
-        t = Table(title=f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}', title_justify='left', pad_edge=False)
-        data = matrix_rows(rows); style = {'✓': 'green', '▶': 'cyan', '✗': 'red', '?': 'yellow'}
-        for k in data[0]: t.add_column(k, no_wrap=True)
-        for d in data: t.add_row(*(f'[{style[v[0]]}]{v}[/]' if (v := str(x))[:1] in style else v for x in d.values()))
-        return t
+        from rich.text import Text
+        t = Table(pad_edge=False); data = matrix_rows(rows); style = {'✓': 'green', '▶': 'cyan', '✗': 'red', '?': 'yellow'}
+        for k in data[0]: t.add_column(Text(k), no_wrap=True)
+        for d in data: t.add_row(*(Text(str(x), style=style.get(str(x)[:1], '')) for x in d.values()))
+        return Group(Text(f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}'), t)
 
     def update(self, rows):
         if self.live: self.live.update(self.table(rows), refresh=True)
@@ -314,7 +317,7 @@ def fetch_original(path, profile='', api=None)->Path: # the file
         csv.writer(f, lineterminator='\n').writerows([[o.get('configuration', 'configuration'), value, *names], *rows])
     return file
 
-# %% ../nbs/95_study.ipynb #02b01f4d
+# %% ../nbs/95_study.ipynb #0b76265f
 ACTIONS = ('plan', 'run', 'status', 'retry', 'cancel', 'report', 'fetch')
 
 def study(spec,         # YAML of the study
@@ -322,7 +325,8 @@ def study(spec,         # YAML of the study
           profile='',   # a size of the study
           phase='',     # run up to and including this phase of seeds; default: the first
           on='local',   # where jobs run: local, ray, slurm or skypilot
-          jobs:int=None # at most so many at once; default: as many as fit
+          jobs:int=None,# at most so many at once; default: as many as fit
+          wandb=''      # with report: mirror the study in this W&B project (WANDB_MODE=offline works)
          )->int:        # exit code
     "Plan, run, watch and report a study."
     check_choice('Action', action, ACTIONS)
@@ -331,7 +335,10 @@ def study(spec,         # YAML of the study
     s = Study(spec, profile, phase)
     if action == 'plan': print(plan_text(s, Slots(machine_cpus(), (1.,)*len(machine_gpus())))); return 0
     if action == 'run': return _tell(s, run_study(s, on, jobs))
-    if action == 'report': print(_short(report_study(s))); return 0
+    if action == 'report':
+        print(_short(report_study(s)))
+        if wandb: _mirror(s, wandb)
+        return 0
     if not s.file.exists() or s.name not in s.store.studies():
         raise UserError(f"Nothing of {s.name} has been run yet: `{s.command('run')}` starts it.")
     if action == 'status': return _tell(s, s.rows())
@@ -340,6 +347,12 @@ def study(spec,         # YAML of the study
         print(f"{plural(len(keys), 'job')} will be tried again." + (f" `{s.command('run')}` starts them." if keys else ''))
     else: print(f"{plural(len(keys), 'job')} cancelled; those that run stop within seconds. `{s.command('retry')}` gives them back.")
     return 0
+
+def _mirror(s, project):
+    from vae_nb.studies.mirror import log_study
+    folder = Path(load_settings().runs)/'wandb'; folder.mkdir(parents=True, exist_ok=True)
+    sent = log_study(s.data(), project, folder=folder)
+    print(f"Mirrored in the W&B project {project}: {', '.join(sent['tables'])}.", *sent['alerts'], sep='\n', file=sys.stderr)
 
 def _tell(s, rows)->int:
     print(status_text(s, rows)); d = s.data()

@@ -19,8 +19,8 @@ from .promote import read_promoted
 
 # %% ../../nbs/81_report.ipynb #1be104ba
 _parts = re.compile(r'\{\{(.*?)\}\}', re.S)
-_arity = dict(value=(2, 3), table=(2, 2), figure=(2, 2), tables=(1, 1), figures=(1, 1), provenance=(1, 1), reproduce=(1, 1), runs=(0, 0),
-              **{'if': (1, 1), 'else': (0, 0), 'end': (0, 0)})
+_arity = dict(value=(2, 3), table=(2, 2), figure=(2, 2), text=(2, 2), tables=(1, 1), figures=(1, 1), provenance=(1, 1),
+              reproduce=(1, 1), runs=(0, 0), **{'if': (1, 1), 'else': (0, 0), 'end': (0, 0)})
 
 def _wrong(text, what): return UserError(f"Placeholder {{{{{text}}}}}{what}")
 
@@ -133,10 +133,16 @@ def _figure(self:Filler, rec, name, text=''):
     alt = (caption or name.replace('_', ' ')).replace('[', '(').replace(']', ')')
     return f"![{alt}]({self.link(path)})\n\n" + (caption or '') + self.origin(rec)
 
+def _text(self:Filler, rec, name, text=''):
+    path = rec['path']/f'{name}.md'
+    if not path.exists(): raise _wrong(text, f": run {rec['name']}/{rec['run']} has no {name}.md.")
+    body = re.sub(r'^# .*\n+', '', path.read_text(encoding='utf-8')); deeper = re.sub(r'^(#+ )', r'##\1', body, flags=re.M)
+    return deeper.strip() + self.origin(rec)
+
 def _tables(self:Filler, rec, text=''): return '\n\n'.join(self.table(rec, n, text) for n in rec['metrics'].get('tables', {}))
 def _figures(self:Filler, rec, text=''): return '\n\n'.join(self.figure(rec, n, text) for n in rec['metrics'].get('figures', {}))
 
-Filler.table, Filler.figure, Filler.tables, Filler.figures = _table, _figure, _tables, _figures
+Filler.table, Filler.figure, Filler.tables, Filler.figures, Filler.text = _table, _figure, _tables, _figures, _text
 
 # %% ../../nbs/81_report.ipynb #222924a2
 def _provenance(self:Filler, rec, text=''):

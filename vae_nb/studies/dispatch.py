@@ -119,9 +119,17 @@ class LocalDispatcher:
             sweep_up(job.folder)
             said = self._said(job)
             word = child.word.split(' ', 1)[1]; reason = f'the worker was {word}' if code < 0 else f'the worker ended: {word}'
-            if said: reason += f' ({said})'
-            with contextlib.suppress(UserError): self.store.lose(job.key, f'{this_host()}:{h}', reason, code)
+            self._lost(job, h, reason + (f' ({said})' if said else ''), code)
+        elif code == 1 and not any(a['owner'] == f'{this_host()}:{h}' for a in self.store.attempts(job.key)):
+            self._lost(job, h, f'the worker ended before it took the job ({self._said(job)})', code)
         return child.word
+
+    def _lost(self, job, h, reason, code):
+        "The job's process is gone: that is entered as an attempt even where it had not begun one, so that it cannot go round for ever."
+        owner = f'{this_host()}:{h}'
+        with contextlib.suppress(UserError):
+            if self.store.lose(job.key, owner, reason, code) or any(a['owner'] == owner for a in self.store.attempts(job.key)): return
+            if self.store.claim(job.key, owner): self.store.lose(job.key, owner, reason, code)
 
     def _said(self, job):
         "The last line a worker printed before it died."

@@ -73,27 +73,32 @@ def configuration_rows(d:StudyData, metric='')->list: # of dicts, one a configur
                         worst_seed=s['worst_seed'], worst=s['worst'], failed=s['failed'], failure_95=s['failure_95']))
     return res
 
-# %% ../../nbs/68_results.ipynb #def64317
+# %% ../../nbs/68_results.ipynb #3b56d67a
 def difference_rows(d:StudyData)->list: # of dicts, one for each configuration but the baseline
     "Paired differences from the baseline, Holm-corrected, with what they say."
     have = {c: v for c, v in d.values.items() if v}; res = []
     if d.baseline not in have: return []
     for r in compare(have, d.baseline, d.lower):
-        a, b = have[r['configuration']], have[d.baseline]; undecided = r['says'] == 'not decided'
-        effect = r['mean']/r['sd'] if r['sd'] and not math.isnan(r['sd']) else math.nan
-        more = seeds_to_decide(effect, r['n']) if undecided else 0
-        better = probability_of_improvement(a.values(), b.values(), d.lower)
-        res.append(r | dict(better_in=better, more_seeds='over 1000' if more < 0 else more))
+        a, b = have[r['configuration']], have[d.baseline]; scale = max(map(abs, [*a.values(), *b.values()]))
+        if r['n'] > 1 and r['sd'] <= 1e-9*scale:          # the same difference on every seed, up to rounding: no spread, no test
+            nothing = abs(r['mean']) <= 1e-9*scale; better = (r['mean'] < 0) == d.lower
+            r |= dict(p=math.nan, p_holm=math.nan, says='the same' if nothing
+                      else f"{'better' if better else 'worse'} on every seed, by the same")
+        undecided = r['says'] == 'not decided'; effect = r['mean']/r['sd'] if r['sd'] and not math.isnan(r['sd']) else math.nan
+        more = seeds_to_decide(effect, r['n']) if undecided else 0; wins = probability_of_improvement(a.values(), b.values(), d.lower)
+        res.append(r | dict(better_in=wins, more_seeds='over 1000' if more < 0 else more))
     return res
 
-# %% ../../nbs/68_results.ipynb #faae17d2
-def single_seed(d:StudyData)->dict: # seeds, wins {configuration: share}, agreement (Kendall's W), mean_winner, agree
-    "How often each configuration is the best of its seed, among the seeds that all have."
+# %% ../../nbs/68_results.ipynb #995fdfc9
+def single_seed(d:StudyData)->dict: # seeds, wins {configuration: share}, agreement (Kendall's W), mean_winner, agree, pairs
+    "How often each configuration is the best of its seed, among the seeds that all have; and how many seeds order each pair so."
     have = {c: v for c, v in d.values.items() if v}; names, seeds, r = ranks(have, d.lower)
-    if not len(r): return dict(seeds=0, wins={}, agreement=math.nan, mean_winner=None, agree=math.nan)
-    wins = {c: float((r[:, i] == r.min(1)).mean()) for i, c in enumerate(names)}
+    if not len(r): return dict(seeds=0, wins={}, agreement=math.nan, mean_winner=None, agree=math.nan, pairs=[])
+    wins = {c: float((r[:, i] == r.min(1)).mean()) for i, c in enumerate(names)}; by_mean = list(np.argsort(r.mean(0), kind='stable'))
+    pairs = [dict(better=names[i], worse=names[j], agree=float((r[:, i] < r[:, j]).mean()))
+             for k, i in enumerate(by_mean) for j in by_mean[k + 1:]]
     means = {c: np.mean([have[c][s] for s in seeds]) for c in names}; best = (min if d.lower else max)(means, key=means.get)
-    return dict(seeds=len(seeds), wins=wins, agreement=kendall_w(r), mean_winner=best, agree=wins[best])
+    return dict(seeds=len(seeds), wins=wins, agreement=kendall_w(r), mean_winner=best, agree=wins[best], pairs=pairs)
 
 # %% ../../nbs/68_results.ipynb #d86f4b86
 _ops = {'<': lambda a, b: a < b, '<=': lambda a, b: a <= b, '>': lambda a, b: a > b, '>=': lambda a, b: a >= b}
@@ -207,7 +212,7 @@ def results_csv(d:StudyData)->str:
                         *(x.get(n, '') for n in names)])
     return buf.getvalue()
 
-# %% ../../nbs/68_results.ipynb #6543aa7f
+# %% ../../nbs/68_results.ipynb #a13c544a
 def plot_strips(d:StudyData, ax, metric=''):
     "Seeds of each configuration in a row, mean and 95 % t interval beside them, crosses at the edge for failed seeds."
     values, failed = d.of(metric or d.metric); names = d.configurations
@@ -218,7 +223,7 @@ def plot_strips(d:StudyData, ax, metric=''):
             ax.errorbar([i.mean], [y - .25], xerr=[[i.mean - i.low], [i.high - i.mean]] if i.n > 1 else None, fmt='s', color='k',
                                            ms=3.5, capsize=3, lw=1)
         if failed[c]: ax.text(1.01, y, f'✗ {len(failed[c])}', transform=ax.get_yaxis_transform(), va='center', color='#b00', fontsize=8)
-    ax.set_yticks(range(len(names)), names); ax.set(xlabel=metric or d.metric, ylim=(len(names) - .4, -.6)); return ax
+    ax.set_yticks(range(len(names)), names); ax.set(xlabel=(metric or d.metric).replace('_', ' '), ylim=(len(names) - .4, -.6)); return ax
 
 def plot_heatmap(d:StudyData, ax, metric=''):
     "Configurations by seeds; each seed's values relative to that seed's median, so that common luck does not colour whole columns."
@@ -227,7 +232,7 @@ def plot_heatmap(d:StudyData, ax, metric=''):
     with np.errstate(all='ignore'): mid = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in x.T])
     z = x - mid; m = np.nanmax(np.abs(z)) if np.isfinite(z).any() else 1.; cmap = 'PuOr' if d.lower else 'PuOr_r'
     im = ax.imshow(z, cmap=cmap, vmin=-(m or 1), vmax=m or 1, aspect='auto')
-    ax.figure.colorbar(im, ax=ax, label=f'{metric or d.metric}\nminus the seed\'s median')
+    ax.figure.colorbar(im, ax=ax, label="minus the seed's median")
     for i, c in enumerate(d.configurations):
         for j, s in enumerate(d.seeds):
             if s in failed[c]: ax.text(j, i, '✗', ha='center', va='center', color='#b00')
@@ -243,7 +248,7 @@ def plot_ranks(d:StudyData, ax):
     ax.set_xticks(range(len(seeds)), seeds, fontsize=7); ax.set(xlabel='seed', ylabel='rank (1: best)', ylim=(len(names) + .5, .5))
     ax.set_yticks(range(1, len(names) + 1)); ax.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, .5)); return ax
 
-# %% ../../nbs/68_results.ipynb #77a3ae88
+# %% ../../nbs/68_results.ipynb #755d6114
 def learning_curves(d:StudyData, key)->dict: # {configuration: (steps, (seeds, steps) values)}
     "The `epoch` events of each run's training; runs whose log is not here, or that have several trainings, are left out."
     res = {}
@@ -261,9 +266,9 @@ def plot_learning(curves:dict, ax, names, label):
         color, m = f'C{list(names).index(c) % 10}', x.mean(0); ax.plot(steps, m, 'o-', color=color, ms=3, lw=1.2, label=c)
         if len(x) > 1:
             i = [interval(col) for col in x.T]; ax.fill_between(steps, [k.low for k in i], [k.high for k in i], color=color, alpha=.2, lw=0)
-    ax.set(xlabel='step', ylabel=label); ax.legend(fontsize=6) if curves else None; return ax
+    ax.set(xlabel='step', ylabel=label.replace('_', ' ')); ax.legend(fontsize=6) if curves else None; return ax
 
-# %% ../../nbs/68_results.ipynb #e5e7e231
+# %% ../../nbs/68_results.ipynb #2f1739dc
 def _say_differences(d, rows):
     unit = d.metric; out = []
     for r in rows:
@@ -280,9 +285,10 @@ def _say_single(d, s):
     if s['seeds'] < 2 or len(s['wins']) < 2: return []
     wins = ', '.join(f'{c} {v:.0%}' for c, v in sorted(s['wins'].items(), key=lambda i: -i[1]))
     w = '' if math.isnan(s['agreement']) else f" Kendall's W, their agreement about the order, is {s['agreement']:.2f} (0 none, 1 full)."
-    return ['',
-            f"**What one seed would have said.** Best by mean is {s['mean_winner']}. Taken alone, the {s['seeds']} common seeds name as "
-                f"best: {wins}.{w}"]
+    text = (f"**What one seed would have said.** Best by mean is {s['mean_winner']}. Taken alone, the {s['seeds']} common seeds name "
+            f"as best: {wins}.{w}")
+    torn = [f"{p['better']} before {p['worse']} ({p['agree']:.0%} of seeds)" for p in s['pairs'] if p['agree'] < .9]
+    return ['', text + (f" A single seed does not order: {', '.join(torn)}." if torn else '')]
 
 def summary_text(d:StudyData, original=(), claims=None)->str:
     "The executive summary in Markdown."

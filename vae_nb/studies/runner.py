@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/60_runner.ipynb #51b11504
-import nbformat, papermill
+from ..core import UserError, load_settings, nearest, quick_notebooks, read_json, utc_now, write_json
+from ..runs import lock_path, lock_run, read_run, repeat_command, resolve_params, run_key, short_name
+
+# %% ../../nbs/60_runner.ipynb #23db987c
+with quick_notebooks(): import nbformat, papermill
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -20,10 +24,6 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
-
-# %% ../../nbs/60_runner.ipynb #23db987c
-from ..core import UserError, load_settings, nearest, read_json, utc_now, write_json
-from ..runs import lock_path, lock_run, read_run, repeat_command, resolve_params, run_key, short_name
 
 # %% ../../nbs/60_runner.ipynb #c1c7abef
 def unfinished_cells(nb)->list: # [(number of the code cell, 'never ran' | 'raised ValueError')]
@@ -201,6 +201,11 @@ class _ThisInterpreter(KernelSpecManager):
         argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
         return KernelSpec(argv=argv, display_name='python3', language='python')
 
+class _KernelManager(AsyncKernelManager):
+    # at the end a kernel would be interrupted before it is asked to go, and says so on the terminal; `Stopper` interrupts where it must
+    async def _async_interrupt_kernel(self):
+        if not self.shutting_down: await super()._async_interrupt_kernel()
+
 class _Client(PapermillNotebookClient):
     "Papermill's client, with a progress display and a way to stop between cells."
     def execute_cell(self, cell, index):
@@ -219,7 +224,7 @@ class _Engine(NBClientEngine):
     def execute_managed_notebook(cls, nb_man, kernel_name, stop=None, progress=None, env=None, lock=None, start_timeout=60, **kwargs):
         for attempt in (1, 2):
             with tempfile.TemporaryDirectory(prefix='vae_nb-') as d:
-                km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=_ThisInterpreter(), transport='ipc',
+                km = _KernelManager(kernel_name='python3', kernel_spec_manager=_ThisInterpreter(), transport='ipc',
                                         connection_file=f'{d}/k.json')
                 out, err = Lines(progress), Lines(progress)
                 client = _Client(nb_man, km=km, kernel_name='python3', coalesce_streams=True, store_widget_state=False,

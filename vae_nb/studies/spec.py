@@ -7,7 +7,7 @@ __all__ = ['Resources', 'Route', 'Criterion', 'Original', 'seeds_by_phase', 'che
            'read_original', 'raw_spec', 'load_spec', 'configurations', 'in_order', 'Job', 'jobs_of']
 
 # %% ../../nbs/62_spec.ipynb #4495e844
-import csv, itertools, json
+import csv, hashlib, itertools, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Optional, Union
@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 # %% ../../nbs/62_spec.ipynb #85fe381a
-from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, hash_text, load_settings, nearest, to_jsonable
+from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, load_settings, nearest, to_jsonable
 from ..runs import load_profiles, notebook_parameters, resolve_params, run_key
 from .runner import find_notebook
 
@@ -32,16 +32,16 @@ class Resources(_Model):
 
 class Route(_Model):
     "Where jobs go that ask for at least so much; the first route that fits wins."
-    on: Literal['local', 'ray', 'slurm', 'skypilot']
-    kind: Optional[str] = None
-    cpus: int = 0
-    gpus: float = 0.
+    on: Literal['local', 'ray', 'slurm', 'skypilot'] = Field(description="engine of this route; the first route that fits wins")
+    kind: Optional[str] = Field(None, description="jobs of this kind; empty: of any")
+    cpus: int = Field(0, description="jobs that ask for at least so many cores")
+    gpus: float = Field(0., description="jobs that ask for at least so many cards")
 
 class Criterion(_Model):
     "What a configuration must reach, such as nelbo <= 80: its mean over the seeds."
-    metric: str
-    operator: Literal['<', '<=', '>', '>=']
-    threshold: float
+    metric: str = Field(description="any metric the notebook finishes with")
+    operator: Literal['<', '<=', '>', '>='] = Field(description="<, <=, > or >=")
+    threshold: float = Field(description="what the mean over the seeds is held against")
     configuration: str = Field('', description="the one it is about; empty: all")
     claim: str = Field('', description="the sentence that it tests")
 
@@ -96,7 +96,7 @@ class Spec(_Model):
     seeds: Annotated[dict[str, Union[int, list[int]]], AfterValidator(seeds_by_phase)] = Field(
         description="random seeds by phase: a list, or how many from 0")
     metric: str = Field('nelbo', description="metric that is compared")
-    lower_is_better: bool = True
+    lower_is_better: bool = Field(True, description="whether the smaller value wins")
     curve: str = Field('', description="metric of the learning curves, from the trainings' epoch events; empty: the compared one")
     margin: Optional[float] = Field(None, gt=0, description="what difference matters, in the metric's unit")
     baseline: str = Field('', description="configuration the others are held against; empty: the first")
@@ -302,7 +302,7 @@ def jobs_of(spec:Spec,
     source, package = hash_notebook(notebook), hash_package()                 # once: a study may have a hundred thousand cells
     base = {c: _resolved(spec, notebook, c, p) for c, p in configurations(spec).items()}
     text = {c: json.dumps(to_jsonable(p | dict(seed='\0')), sort_keys=True).split(json.dumps('\0')) for c, p in base.items()}
-    first = {}
+    start, name_ = hashlib.sha256(source.encode() + b'\0'), notebook.stem; end = f'\0{package}\0'.encode(); first = {}
     for name, seeds in spec.seeds.items():
         for s in seeds: first.setdefault(s, name)
     res, order = [], in_order(spec) if spec.needs else list(base)
@@ -311,9 +311,10 @@ def jobs_of(spec:Spec,
         for c in order:
             p, needs = base[c] | dict(seed=s), spec.needs.get(c, {})
             if needs: p |= {n: f'{Path(load_settings().runs).name}/{notebook.stem}/{key[o]}' for n, o in needs.items()}
-            # as `run_key`, without writing JSON for every cell
-            key[c] = run_key(notebook, p) if needs else hash_text(source, str(s).join(text[c]), package)
-            res.append(Job(key[c], spec.study, c, s, notebook.stem, p, first[s], r.cpus, r.gpus, r.timeout,
+            # as `run_key`, without writing JSON and hashing the notebook's source for every cell
+            if needs: key[c] = run_key(notebook, p)
+            else: h = start.copy(); h.update(str(s).join(text[c]).encode() + end); key[c] = h.hexdigest()[:12]
+            res.append(Job(key[c], spec.study, c, s, name_, p, first[s], r.cpus, r.gpus, r.timeout,
                            tuple(key[o] for o in needs.values()), spec.kind))
     return res
 

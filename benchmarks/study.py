@@ -1,0 +1,71 @@
+"""What the machinery of a study costs, beside the bare notebook; and what planning costs.
+
+    python benchmarks/study.py [--jobs 6]
+
+Measured by this script; see the end of the file for figures and where they were taken.
+"""
+import argparse, contextlib, os, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import nbformat
+
+from vae_nb.core import hardware, load_settings
+from vae_nb.studies.spec import jobs_of, load_spec
+from vae_nb.studies.store import Store
+from vae_nb.study import Study, planned
+
+VAE_NB = str(Path(sys.executable).with_name('vae-nb'))
+
+
+def project(root):
+    (root/'experiments').mkdir(); (root/'settings.ini').write_text((load_settings().root/'settings.ini').read_text())
+    (root/'vae_nb').symlink_to(load_settings().root/'vae_nb')
+    cells = ["profile: str = 'quick'\nseed: int = 0\nsize: float = 0.",
+             "from vae_nb.runs import open_run\nrun = open_run('toy', globals())",
+             "run.finish(nelbo=70. + seed)"]
+    made = [nbformat.v4.new_code_cell(c, id=f'c{i}') for i, c in enumerate(cells)]; made[0].metadata = dict(tags=['parameters'])
+    meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=meta), root/'experiments'/'toy.ipynb')
+
+
+def timed(*args, cwd):
+    start = time.time(); p = subprocess.run([VAE_NB, *args], cwd=cwd, capture_output=True, text=True)
+    if p.returncode: raise SystemExit(p.stderr)
+    return time.time() - start
+
+
+def overhead(root, n):
+    "Seconds a job: the bare notebook by `vae-nb run`, one process after the other; the same jobs as a study, one at a time."
+    bare = timed_all = 0.
+    for s in range(n): bare += timed('run', 'toy', '--seed', str(1000 + s), cwd=root)
+    (root/'study.yaml').write_text(f"study: cost\nnotebook: toy\nseeds: {{phase1: {n}}}\n")
+    timed_all = timed('study', 'study.yaml', 'run', '--jobs', '1', cwd=root)
+    return bare/n, timed_all/n
+
+
+def planning(root, configurations=500, seeds=200):
+    sizes = list(map(float, range(configurations))); res = {}
+    (root/'big.yaml').write_text(f"study: big\nnotebook: toy\naxes: {{size: {sizes}}}\nseeds: {{all: {seeds}}}\n")
+    with contextlib.chdir(root):
+        start = time.time(); s = Study('big.yaml', store=root/'big.db'); rows = planned(s); res['plan, nothing known'] = time.time() - start
+        jobs = jobs_of(load_spec('big.yaml')); store = Store(root/'big.db')
+        start = time.time(); store.add(jobs, whole=True); res['add'] = time.time() - start
+        start = time.time(); again = store.add(jobs, whole=True); res['add again'] = time.time() - start; assert again == 0
+        start = time.time(); planned(Study('big.yaml', store=root/'big.db')); res['plan, all in the store'] = time.time() - start
+    return len(rows), res
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--jobs', type=int, default=6, help="jobs each way"); a = p.parse_args()
+    os.environ.setdefault('OMP_NUM_THREADS', '1'); h = hardware(); print(f"{h['cpu']}, {h['cores']} cores")
+    with tempfile.TemporaryDirectory() as d:
+        root = Path(d).resolve(); project(root); timed('run', 'toy', '--seed', '999', cwd=root)          # caches are warm for both
+        bare, study = overhead(root, a.jobs)
+        print(f'bare notebook by vae-nb run: {bare:.2f} s; as a job of a study: {study:.2f} s, start and end of the study included')
+        print(f'overhead: {study - bare:+.2f} s a job, {(study - bare)/60:+.1%} of a job of one minute')
+        n, res = planning(root)
+        print(f'{n:,} cells: ' + ', '.join(f'{k} {v:.2f} s' for k, v in res.items()))
+
+
+if __name__ == '__main__': main()
