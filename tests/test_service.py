@@ -325,6 +325,27 @@ def test_nbconvert_shows_the_still_of_an_executed_notebook(toy):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('w', execution_count=1, outputs=[out])])
     assert 'class="vnb-still"' in HTMLExporter().from_notebook_node(nb)[0]
 
+def test_widget_rests_when_nobody_looks(toy):
+    from vae_nb.studies.widget import MatrixWidget
+    w = MatrixWidget('toy', toy.store, toy.runs, every=.05); done = lambda: w.overview['counts'].get('done')
+    for view in (1, 1, -1, -1): w._heard(w, dict(view=view), [])
+    time.sleep(.3); toy.done('plain', 1, 70.); time.sleep(.5); assert done() == 1
+    w._heard(w, dict(view=1), []); wait_for(lambda: done() == 2, 10); w.close()
+
+def test_a_run_for_the_record_keeps_the_still(toy, monkeypatch):
+    from vae_nb.reporting.promote import slim_notebook
+    from vae_nb.studies.widget import show_matrix
+    shown = []; monkeypatch.setattr('IPython.display.display', shown.append); monkeypatch.setenv('VAE_NB_RUN', str(toy.folder('plain', 0)))
+    show_matrix('toy', toy.file, toy.runs); out = dict(output_type='display_data', metadata={}, data={'text/html': shown[0].data})
+    nb = slim_notebook(dict(metadata={}, cells=[dict(cell_type='code', outputs=[out])]), 'figures')
+    assert 'class="vnb-still"' in nb['cells'][0]['outputs'][0]['data']['text/html']
+
+def test_still_of_a_large_study_is_small(tmp_path):
+    from vae_nb.studies.results import overview, stats
+    from vae_nb.studies.widget import matrix_html
+    t = Toy(tmp_path, configurations=[f'depth={i}' for i in range(100)], seeds=20); t.done('depth=0', 0, 1.)
+    assert len(matrix_html(overview(t.store, 'toy'), stats(t.store, 'toy'))) < 120_000
+
 def test_still_escapes_and_has_no_script(tmp_path):
     from vae_nb.studies.results import overview, stats
     from vae_nb.studies.widget import matrix_html

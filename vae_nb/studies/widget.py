@@ -9,9 +9,8 @@ __all__ = ['LOOKS', 'STYLE', 'COMPONENT', 'matrix_html', 'MatrixWidget', 'show_m
 import contextlib, functools, html, importlib.util, json, math, os, sqlite3, threading
 from pathlib import Path
 
-# %% ../../nbs/6a_widget.ipynb #5ce1b0dc
+# %% ../../nbs/6a_widget.ipynb #502c31cc
 from ..core import UserError, load_settings
-from .results import overview, stats
 from .service import Board, NotThere, Reader, find_executed, known_study, run_log
 from .store import STATES
 
