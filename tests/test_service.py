@@ -233,6 +233,19 @@ def server():
     yield start
     for p in started: p.kill(); p.wait(10); p.stdout.close(); p.stderr.close()
 
+@pytest.fixture
+def site():
+    "A function that serves a toy in a thread of this process, which starts sooner; gives the address."
+    import uvicorn
+    running = []
+    def start(toy):
+        s = service.listen('127.0.0.1', 0); app = service.make_app(toy.file, toy.runs, closing=lambda: u.should_exit)
+        u = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='off'))
+        th = threading.Thread(target=u.run, args=([s],)); th.start()
+        running.append((u, th, s)); return f'http://127.0.0.1:{s.getsockname()[1]}/'
+    yield start
+    for u, th, s in running: u.should_exit = True; th.join(10); s.close()
+
 class Events:
     "The lines of an event stream as they come, read in a thread."
     def __init__(self, host, port, path):
@@ -312,6 +325,27 @@ def test_nbconvert_shows_the_still_of_an_executed_notebook(toy):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('w', execution_count=1, outputs=[out])])
     assert 'class="vnb-still"' in HTMLExporter().from_notebook_node(nb)[0]
 
+def test_widget_rests_when_nobody_looks(toy):
+    from vae_nb.studies.widget import MatrixWidget
+    w = MatrixWidget('toy', toy.store, toy.runs, every=.05); done = lambda: w.overview['counts'].get('done')
+    for view in (1, 1, -1, -1): w._heard(w, dict(view=view), [])
+    time.sleep(.3); toy.done('plain', 1, 70.); time.sleep(.5); assert done() == 1
+    w._heard(w, dict(view=1), []); wait_for(lambda: done() == 2, 10); w.close()
+
+def test_a_run_for_the_record_keeps_the_still(toy, monkeypatch):
+    from vae_nb.reporting.promote import slim_notebook
+    from vae_nb.studies.widget import show_matrix
+    shown = []; monkeypatch.setattr('IPython.display.display', shown.append); monkeypatch.setenv('VAE_NB_RUN', str(toy.folder('plain', 0)))
+    show_matrix('toy', toy.file, toy.runs); out = dict(output_type='display_data', metadata={}, data={'text/html': shown[0].data})
+    nb = slim_notebook(dict(metadata={}, cells=[dict(cell_type='code', outputs=[out])]), 'figures')
+    assert 'class="vnb-still"' in nb['cells'][0]['outputs'][0]['data']['text/html']
+
+def test_still_of_a_large_study_is_small(tmp_path):
+    from vae_nb.studies.results import overview, stats
+    from vae_nb.studies.widget import matrix_html
+    t = Toy(tmp_path, configurations=[f'depth={i}' for i in range(100)], seeds=20); t.done('depth=0', 0, 1.)
+    assert len(matrix_html(overview(t.store, 'toy'), stats(t.store, 'toy'))) < 120_000
+
 def test_still_escapes_and_has_no_script(tmp_path):
     from vae_nb.studies.results import overview, stats
     from vae_nb.studies.widget import matrix_html
@@ -366,10 +400,9 @@ class TestPage:
             page.keyboard.press('Escape'); expect(panel).to_be_hidden(); assert not page.wrong, page.wrong
         assert not outside
 
-    def test_keys_reach_every_cell(self, toy, server):
-        host, port, _ = server(toy)
+    def test_keys_reach_every_cell(self, toy, site):
         with browsing() as page:
-            page.goto(f'http://{host}:{port}/'); first = page.locator('button.cell').first; first.wait_for(); page.keyboard.press('Tab')
+            page.goto(site(toy)); first = page.locator('button.cell').first; first.wait_for(); page.keyboard.press('Tab')
             for _ in range(5):
                 if page.evaluate('document.activeElement.classList.contains("cell")'): break
                 page.keyboard.press('Tab')
@@ -377,26 +410,26 @@ class TestPage:
             at = page.get_by_role('button', name='focal, seed 1: '); expect(at).to_be_focused(); page.keyboard.press('Enter')
             expect(page.locator('.panel strong')).to_have_text('focal, seed 1'); page.keyboard.press('Escape'); expect(at).to_be_focused()
 
-    def test_names_are_text(self, tmp_path, server):
+    def test_names_are_text(self, tmp_path, site):
         t = Toy(tmp_path, configurations=(EVIL, '<img src=x onerror=document.title="taken">')); t.done(EVIL, 0, 1., EVIL)
         t.failed(EVIL, 1, EVIL, EVIL)
-        t.store.describe('toy', dict(question=EVIL, metric=EVIL)); host, port, _ = server(t)
+        t.store.describe('toy', dict(question=EVIL, metric=EVIL))
         with browsing() as page:
-            page.goto(f'http://{host}:{port}/'); page.locator('button.s-failed').first.click()
+            page.goto(site(t)); page.locator('button.s-failed').first.click()
             expect(page.locator('.panel pre')).to_have_text(EVIL); expect(page.locator('.matrix th[title]').first).to_have_text(EVIL)
             expect(page.locator('.summary svg').first).to_be_visible()
             assert page.title() != 'taken' and page.locator('.vnb script, .vnb img').count() == 0 and not page.wrong
 
-    @pytest.mark.parametrize('scheme', ['light', 'dark'])
-    def test_a_hundred_by_twenty_scrolls(self, tmp_path, server, scheme):
+    def test_a_hundred_by_twenty_scrolls(self, tmp_path, site):
         t = Toy(tmp_path, configurations=[f'lr=1e-{i % 5}, depth={i}' for i in range(100)], seeds=20); t.done('lr=1e-0, depth=0', 0, 1.)
-        host, port, _ = server(t)
-        with browsing(color_scheme=scheme) as page:
-            page.goto(f'http://{host}:{port}/'); expect(page.locator('button.cell')).to_have_count(2000, timeout=20_000)
+        with browsing() as page:
+            page.goto(site(t)); expect(page.locator('button.cell')).to_have_count(2000, timeout=20_000)
             box = page.locator('.box').first; assert box.evaluate('e => e.scrollHeight > e.clientHeight && e.clientHeight <= 442')
             box.evaluate('e => e.scrollTop = 1e6'); expect(page.get_by_role('button', name='depth=99, seed 19')).to_be_in_viewport()
             expect(page.locator('.matrix thead th').first).to_be_in_viewport()                          # the heads stay
-            shot(page, f'page-large-{scheme}')
+            ink = lambda: page.locator('.vnb').first.evaluate('e => getComputedStyle(e).color')
+            light = ink(); shot(page, 'page-large-light')
+            page.emulate_media(color_scheme='dark'); assert ink() != light; shot(page, 'page-large-dark')
 
     def test_it_comes_back_when_the_service_does(self, toy, server):
         host, port, p = server(toy)

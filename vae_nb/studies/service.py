@@ -20,12 +20,12 @@ from .results import overview, stats
 from .store import STATES, Store
 from .worker import log_tail
 
-# %% ../../nbs/69_service.ipynb #4e7d0c2e
+# %% ../../nbs/69_service.ipynb #84a534fb
 class Reader(Store):
     "A store that cannot be written. Raises `UserError` where there is none."
     def __init__(self, path, wait:float=5.): # seconds to wait for a writer
         self.path, self.wait = Path(path), wait
-        if not self.path.is_file(): raise UserError(f"There is no store of studies at {path}: `vae-nb study FILE run` makes one.")
+        if not self.path.is_file(): raise UserError(f"There is no store of studies at {path}: `vae-nb study FILE plan` makes one.")
         try: self.version
         except (sqlite3.DatabaseError, IndexError) as e:
             raise UserError(f"{path} is not a store of studies, or is damaged ({e}).") from None
@@ -258,7 +258,7 @@ def make_app(store=None, # file of the store; None: studies.db in the folder of 
     _add_events(app, fastapi, store, closing, every); _add_problems(app, fastapi)
     app.add_middleware(Guard, token=token, hosts=hosts, free=('/static/page.js', '/static/component.js')); return app
 
-# %% ../../nbs/69_service.ipynb #40707dfb
+# %% ../../nbs/69_service.ipynb #f716705f
 _404 = {404: dict(model=Problem, description="No such study or run; the nearest name is given.")}
 
 def _add_answers(app, fastapi, store, runs):
@@ -281,8 +281,9 @@ def _add_answers(app, fastapi, store, runs):
 
     @app.get('/api/studies', response_model=list[StudyLine], summary="Every study, and how many cells are in which state")
     def studies_():
-        seen = [json.loads(board('overview', s)[0]) for s in store.studies()]
-        return [dict(study=o['study'], question=o['question'], cells=len(o['runs']), counts=o['counts']) for o in seen]
+        states = {s: [r['state'] for r in store.cells(s)] for s in store.studies()}
+        return [dict(study=s, question=store.description(s).get('question', ''), cells=len(v),
+                     counts={k: v.count(k) for k in STATES if k in v}) for s, v in states.items()]
 
 # %% ../../nbs/69_service.ipynb #b27c028a
 def _add_page(app, fastapi, store, runs, token):

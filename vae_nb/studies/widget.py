@@ -9,9 +9,8 @@ __all__ = ['LOOKS', 'STYLE', 'COMPONENT', 'matrix_html', 'MatrixWidget', 'show_m
 import contextlib, functools, html, importlib.util, json, math, os, sqlite3, threading
 from pathlib import Path
 
-# %% ../../nbs/6a_widget.ipynb #5ce1b0dc
+# %% ../../nbs/6a_widget.ipynb #502c31cc
 from ..core import UserError, load_settings
-from .results import overview, stats
 from .service import Board, NotThere, Reader, find_executed, known_study, run_log
 from .store import STATES
 
@@ -408,7 +407,7 @@ def _scale(stats, width=320):
     low, high = max(min([low, *ends]), low - .6*size) - .04*size, min(max([high, *ends]), high + .6*size) + .04*size
     return lambda y: 8 + (width - 16)*(y - low)/(high - low), _decimals(all_), low, high, width
 
-# %% ../../nbs/6a_widget.ipynb #640f6d02
+# %% ../../nbs/6a_widget.ipynb #84eb03b9
 def _strip(row, values, base, scale):
     x, d, low, high, width = scale; out = []; line = 'stroke="currentColor"'
     if base is not None: out.append(f'<path d="M{x(base):.1f} 0V28" {line} opacity=".55" stroke-dasharray="3 3"/>')
@@ -431,7 +430,11 @@ def _still_summary(stats):
                  'baseline' if c == stats['baseline'] else e(says.get(c, '–'))]
         chart = _strip(r, stats['values'].get(c, {}), base, scale) if scale else ''
         return f'<tr class="r"><th>{e(c)}</th>' + ''.join(f'<td>{v}</td>' for v in cells) + f'<td>{chart}</td></tr>\n'
-    ends = f'{_number(scale[2], d)} … {_number(scale[3], d)}' if scale else ''
+    ends = ''
+    if scale:
+        look = 'y="12" font-size="11" fill="currentColor"'
+        ends = (f'<svg width="{scale[4]}" height="18"><text x="2" {look}>{_number(scale[2], d)}</text><text x="{scale[4] - 2}" '
+                f'text-anchor="end" {look}>{_number(scale[3], d)}</text></svg>')
     heads = ['configuration', 'seeds', 'failed', 'mean', 'sd', '95 % interval', 'against baseline', ends]
     head = ''.join(f'<th>{h}</th>' for h in heads)
     worth = e(stats['worth']) if scale else 'No run is done yet, so there is nothing to compare.'
@@ -447,19 +450,20 @@ def matrix_html(overview:dict, stats:dict)->str: # as from `vae_nb.studies.resul
     return (f'<div class="vnb-still">{_STILL}<strong>{e(o["study"])}</strong>{question}<div>{counts}</div>{_still_matrix(o)}\n'
             f'<strong>{better}</strong>{_still_summary(stats)}</div>')
 
-# %% ../../nbs/6a_widget.ipynb #fc9b0bd7
-def _read_state(board, runs, study, asked)->dict:
-    "What a widget shows of a store; an answer that failed is a note."
-    res = {n: json.loads(board(n, study)[0]) for n in ('overview', 'stats')} | dict(note='', log={})
-    if not asked: return res
-    try: res['log'] = run_log(board.store, runs, study, asked)
-    except NotThere as e: return res | dict(log=dict(key=asked, reason='', text=str(e)))
+# %% ../../nbs/6a_widget.ipynb #28d4591b
+def _tables(board, study)->dict: return {n: json.loads(board(n, study)[0]) for n in ('overview', 'stats')}
+
+def _log(store, runs, study, key)->dict: # as `run_log`, with the executed notebook's place; {} for no key
+    "What the panel of a run shows."
+    if not key: return {}
+    try: res = run_log(store, runs, study, key)
+    except NotThere as e: return dict(key=key, reason='', text=str(e))
     with contextlib.suppress(NotThere):
-        p = find_executed(board.store, runs, study, asked); h = Path.home()
-        res['log'] |= dict(file=str(p), home=f'~/{p.relative_to(h)}' if p.is_relative_to(h) else '')
+        p, h = find_executed(store, runs, study, key), Path.home()
+        res |= dict(file=str(p), home=f'~/{p.relative_to(h)}' if p.is_relative_to(h) else '')
     return res
 
-# %% ../../nbs/6a_widget.ipynb #fb394a2c
+# %% ../../nbs/6a_widget.ipynb #a73b0a8b
 @functools.cache
 def _widget_class():
     try: import anywidget, traitlets
@@ -474,7 +478,7 @@ def _widget_class():
         def __init__(self, study, board, runs, every):
             self.study, self.board, self.runs, self.views = study, board, runs, None
             self.wake, self.over = threading.Event(), threading.Event()
-            super().__init__(**_read_state(board, runs, study, ''))
+            self.seen = board.store.stamp(); super().__init__(**_tables(board, study))
             self.on_msg(self._heard); self.observe(lambda _: self.wake.set(), 'asked')
             self.thread = threading.Thread(target=self._watch, args=(every,), daemon=True); self.thread.start()
 
@@ -489,7 +493,9 @@ def _widget_class():
 
         def _look(self):
             "Send what has changed."
-            try: now = _read_state(self.board, self.runs, self.study, self.asked)
+            try:
+                stamp = self.board.store.stamp(); now = dict(note='', log=_log(self.board.store, self.runs, self.study, self.asked))
+                if stamp != self.seen: now |= _tables(self.board, self.study); self.seen = stamp
             except (UserError, sqlite3.Error, OSError, IndexError) as e: now = dict(note=f'The store cannot be read: {e}')
             with self.hold_sync():
                 for k, v in now.items():
@@ -503,7 +509,7 @@ def _widget_class():
             return data | {'text/html': matrix_html(self.overview, self.stats)}, meta
     return StudyMatrix
 
-# %% ../../nbs/6a_widget.ipynb #0e93a971
+# %% ../../nbs/6a_widget.ipynb #376aa130
 def MatrixWidget(study,      # its name
                  store=None, # file of the store, or a `Store`; None: studies.db in the folder of runs
                  runs=None,  # folder of runs; None: that of settings.ini
@@ -524,4 +530,4 @@ def show_matrix(study, store=None, runs=None, # as in `MatrixWidget`
     from IPython.display import HTML, display
     if live is None: live = 'VAE_NB_RUN' not in os.environ and importlib.util.find_spec('anywidget') is not None
     if live: display(MatrixWidget(study, store, runs)); return
-    board, _ = _source(study, store, runs); display(HTML(matrix_html(*(json.loads(board(n, study)[0]) for n in ('overview', 'stats')))))
+    board, _ = _source(study, store, runs); display(HTML(matrix_html(**_tables(board, study))))
