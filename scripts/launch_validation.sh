@@ -57,10 +57,10 @@ run=("$vae_nb" study "$spec" run ${where[@]+"${where[@]}"} ${engine[@]+"${engine
 "$vae_nb" study "$spec" plan ${where[@]+"${where[@]}"}              # refuses a wrong page, profile or phase
 if (( dry )); then
   echo; echo "Would run:"
-  if (( retry )); then echo "  $vae_nb study $spec retry ${where[*]:-}"; fi
+  if (( retry )); then echo "  $vae_nb study $spec retry${where[*]:+ ${where[*]}}"; fi
   if [[ -n $port ]]; then echo "  $vae_nb serve --port $port"; fi
   echo "  ${run[*]}"
-  if (( report )); then echo "  $vae_nb study $spec report ${where[*]:-}"; fi
+  if (( report )); then echo "  $vae_nb study $spec report${where[*]:+ ${where[*]}}"; fi
   exit 0
 fi
 

@@ -11,9 +11,9 @@ __all__ = ['signs', 'ACTIONS', 'Study', 'planned', 'past_seconds', 'long_time', 
 import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 
-# %% ../nbs/95_study.ipynb #df20dabb
+# %% ../nbs/95_study.ipynb #1c96c598
 from .core import UserError, check_choice, load_settings, plural, read_json
-from .runs import markdown_table, notebook_parameters
+from .runs import load_profiles, markdown_table, notebook_parameters
 from .studies.clusters import make_dispatcher
 from .studies.dispatch import RoutingDispatcher, machine_cpus, machine_gpus, split
 from .studies.results import StudyData, describe, fingerprint
@@ -23,7 +23,7 @@ from .studies.spec import load_spec, read_original
 from .studies.store import RunInfo, Store, this_host
 from .studies.worker import found_rows
 
-# %% ../nbs/95_study.ipynb #98340d02
+# %% ../nbs/95_study.ipynb #418fba10
 class Study:
     "A study at one of its sizes, up to and including a phase."
     def __init__(self, path, profile='', phase='', store=None):
@@ -36,7 +36,14 @@ class Study:
 
     def add(self)->int:
         "Bring the store up to date with the page: all phases, so that the second finds the first."
-        n = self.store.add(self.scheduler.jobs(), whole=True); self.store.describe(self.name, describe(self.spec, self.path)); return n
+        self.describe(); return self.store.add(self.scheduler.jobs(), whole=True)
+
+    def describe(self):
+        "Keep what the page says now (claims, margin, question). Raises `UserError` where another page has the same name."
+        path = str(_short(self.path)); other = self.store.description(self.name).get('path', path)
+        if other != path and (load_settings().root/other).exists():
+            raise UserError(f"{other} is a study called {self.spec.study} too, and they would share their cells: rename one of them.")
+        self.store.describe(self.name, describe(self.spec, path))
 
     def rows(self)->list: return self.store.runs(self.name, self.phase)
     def data(self)->StudyData: return StudyData(self.store, self.name, phase=self.phase)
@@ -83,7 +90,7 @@ def past_seconds(study:Study, rows)->dict: # {configuration: (mean seconds, numb
             if like else None
             for c in dict.fromkeys(r.configuration for r in rows)}
 
-# %% ../nbs/95_study.ipynb #ad55573d
+# %% ../nbs/95_study.ipynb #0d7fb949
 def long_time(seconds)->str:
     "'45 s', '12 min', '3.4 h'."
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
@@ -107,6 +114,9 @@ def plan_text(study:Study, whole:Slots)->str:
     out = [head, f"To run {len(todo)}, " + ', '.join(f'{s} {n}' for s, n in count.items() if n or s == 'done') + '.',
            f"Each job: {plural(r.cpus, 'core')}, {plural(r.gpus, 'GPU', 'g')}, at most {long_time(r.timeout)}.", '',
            markdown_table(table), '']
+    claims = f", {plural(len(study.spec.acceptance), 'claim')}" if study.spec.acceptance else ''
+    out.insert(1, f"Compared: {study.spec.metric}, {'lower' if study.spec.lower_is_better else 'higher'} is better, against "
+                  f"{study.spec.baseline or next(iter(past))}{claims}.")
     if not todo: return '\n'.join(out + ['Nothing to run.'])
     known = [past[x.configuration][0] for x in todo if past[x.configuration]]
     if known:
@@ -261,7 +271,7 @@ def raising_signals():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/95_study.ipynb #97e494a8
+# %% ../nbs/95_study.ipynb #8295a0f3
 def dispatcher_for(study:Study, on='local'):
     "The dispatcher of a study: one engine, or routes between several."
     make = lambda name: make_dispatcher(name, study.store, **study.spec.engines.get(name, {}))
@@ -286,10 +296,13 @@ def report_study(study:Study, show=True)->Path: # the run folder
     "Execute experiments/validation.ipynb on what is there. Nothing is trained."
     if not study.file.exists() or study.name not in study.store.studies():
         raise UserError(f"Nothing of {study.name} has been run yet: `{study.command('run')}` comes first.")
-    state, nb = fingerprint(study.data()), find_notebook('validation'); spec = str(_short(study.path)); size = study.spec.size
+    study.describe(); nb = find_notebook('validation'); spec = str(_short(study.path)); size = study.spec.size
     own = spec == notebook_parameters(nb)['spec']['default']
-    params = dict(phase=study.phase, complete=False, state=state) | ({} if own else dict(spec=spec, size=size))
-    return run_notebook(nb, size if own else None, params=params, show=show)
+    phase = {} if study.phase == next(iter(study.spec.seeds)) else dict(phase=study.phase)
+    if own and at_end(study.rows()): return run_notebook(nb, size, params=phase, again=True, show=show)     # as `vae-nb run` would
+    params = phase | dict(complete=False, state=fingerprint(study.data())) | ({} if own else dict(spec=spec, size=size))
+    known = load_profiles(nb); profile = next((p for p in (size, study.spec.profile) if p in known), None)
+    return run_notebook(nb, profile, params=params, show=show)
 
 # %% ../nbs/95_study.ipynb #89311d1e
 def fetch_original(path, profile='', api=None)->Path: # the file
@@ -317,7 +330,7 @@ def fetch_original(path, profile='', api=None)->Path: # the file
         csv.writer(f, lineterminator='\n').writerows([[o.get('configuration', 'configuration'), value, *names], *rows])
     return file
 
-# %% ../nbs/95_study.ipynb #0b76265f
+# %% ../nbs/95_study.ipynb #cb3027b6
 ACTIONS = ('plan', 'run', 'status', 'retry', 'cancel', 'report', 'fetch')
 
 def study(spec,         # YAML of the study
@@ -336,12 +349,12 @@ def study(spec,         # YAML of the study
     if action == 'plan': print(plan_text(s, Slots(machine_cpus(), (1.,)*len(machine_gpus())))); return 0
     if action == 'run': return _tell(s, run_study(s, on, jobs))
     if action == 'report':
-        print(_short(report_study(s)))
+        folder = report_study(s); print(_short(folder)); print(f'The executive summary: {_short(folder)}/summary.md', file=sys.stderr)
         if wandb: _mirror(s, wandb)
         return 0
     if not s.file.exists() or s.name not in s.store.studies():
         raise UserError(f"Nothing of {s.name} has been run yet: `{s.command('run')}` starts it.")
-    if action == 'status': return _tell(s, s.rows())
+    if action == 'status': s.describe(); return _tell(s, s.rows())
     keys = s.store.retry(s.name) if action == 'retry' else s.store.cancel(s.name)
     if action == 'retry':
         print(f"{plural(len(keys), 'job')} will be tried again." + (f" `{s.command('run')}` starts them." if keys else ''))

@@ -89,18 +89,19 @@ def difference_rows(d:StudyData)->list: # of dicts, one for each configuration b
         res.append(r | dict(better_in=wins, more_seeds='over 1000' if more < 0 else more))
     return res
 
-# %% ../../nbs/68_results.ipynb #995fdfc9
+# %% ../../nbs/68_results.ipynb #843f3ea7
 def single_seed(d:StudyData)->dict: # seeds, wins {configuration: share}, agreement (Kendall's W), mean_winner, agree, pairs
     "How often each configuration is the best of its seed, among the seeds that all have; and how many seeds order each pair so."
     have = {c: v for c, v in d.values.items() if v}; names, seeds, r = ranks(have, d.lower)
     if not len(r): return dict(seeds=0, wins={}, agreement=math.nan, mean_winner=None, agree=math.nan, pairs=[])
-    wins = {c: float((r[:, i] == r.min(1)).mean()) for i, c in enumerate(names)}; by_mean = list(np.argsort(r.mean(0), kind='stable'))
-    pairs = [dict(better=names[i], worse=names[j], agree=float((r[:, i] < r[:, j]).mean()))
+    best = r == r.min(1, keepdims=True); share = best/best.sum(1, keepdims=True)            # a tie is shared
+    wins = {c: float(share[:, i].mean()) for i, c in enumerate(names)}; by_mean = list(np.argsort(r.mean(0), kind='stable'))
+    pairs = [dict(better=names[i], worse=names[j], agree=float(((r[:, i] < r[:, j]) + .5*(r[:, i] == r[:, j])).mean()))
              for k, i in enumerate(by_mean) for j in by_mean[k + 1:]]
     means = {c: np.mean([have[c][s] for s in seeds]) for c in names}; best = (min if d.lower else max)(means, key=means.get)
     return dict(seeds=len(seeds), wins=wins, agreement=kendall_w(r), mean_winner=best, agree=wins[best], pairs=pairs)
 
-# %% ../../nbs/68_results.ipynb #d86f4b86
+# %% ../../nbs/68_results.ipynb #a85a2797
 _ops = {'<': lambda a, b: a < b, '<=': lambda a, b: a <= b, '>': lambda a, b: a > b, '>=': lambda a, b: a >= b}
 
 def acceptance_rows(d:StudyData)->list: # of dicts
@@ -111,7 +112,10 @@ def acceptance_rows(d:StudyData)->list: # of dicts
         for name in [c['configuration']] if c.get('configuration') else d.configurations:
             v = list(values.get(name, {}).values()); bad = len(failed.get(name, ()))
             i = interval(v) if v else None; good = [op(x, t) for x in v]
-            if not v: says = 'no result'
+            known = d.metrics()
+            if known and c['metric'] not in known:
+                says = f"no metric {c['metric']!r}.{nearest(c['metric'], known).split(' It is one of')[0]}"
+            elif not v: says = 'no result'
             elif len(v) < 2: says = 'one seed'
             else:
                 inside = [op(x, t) for x in (i.low, i.high)]
