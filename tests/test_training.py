@@ -180,3 +180,15 @@ def test_several_trainings_at_a_time_are_the_same_trainings(data, tmp_path):
     stamp = when(); assert fit_all(jobs, workers=2) == done and when() == stamp       # found, not trained again
     wrong = {str(tmp_path/f'wrong {s}'): base | dict(seed=s, data_path=str(tmp_path/'none.npz')) for s in (0, 1)}
     with pytest.raises(RuntimeError, match='no data set at'): fit_all(wrong, workers=2)
+
+
+def test_evaluation_is_decided_by_its_seed(data, tmp_path):
+    "The same seed gives the same measures to the last bit, another one does not."
+    subprocess.run(command(data, tmp_path/'run', '--epochs', '1'), env=ENV, check=True, capture_output=True)
+    def measured(seed):
+        argv = [sys.executable, '-m', 'vae_nb.evaluate', str(tmp_path/'run'), '--draws', '5', '--limit', '60', '--device', 'cpu',
+                '--seed', str(seed)]
+        p = subprocess.run(argv, env=ENV, capture_output=True, text=True); assert p.returncode == 0, p.stderr
+        return read_json(tmp_path/'run'/'evaluation'/'metrics.json')['metrics']
+    a, b, other = measured(3), measured(3), measured(4)
+    assert a == b and a['nelbo'] != other['nelbo'] and a['nll'] != other['nll']

@@ -1605,6 +1605,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_nb.studies.spec.Spec': ('spec.html#spec', 'vae_nb/studies/spec.py'),
                                      'vae_nb.studies.spec.Spec._once': ('spec.html#spec._once', 'vae_nb/studies/spec.py'),
                                      'vae_nb.studies.spec.Spec.size': ('spec.html#spec.size', 'vae_nb/studies/spec.py'),
+                                     'vae_nb.studies.spec._Loader': ('spec.html#_loader', 'vae_nb/studies/spec.py'),
                                      'vae_nb.studies.spec._Model': ('spec.html#_model', 'vae_nb/studies/spec.py'),
                                      'vae_nb.studies.spec._check_parameters': ('spec.html#_check_parameters', 'vae_nb/studies/spec.py'),
                                      'vae_nb.studies.spec._fields': ('spec.html#_fields', 'vae_nb/studies/spec.py'),

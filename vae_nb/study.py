@@ -261,13 +261,13 @@ def raising_signals():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/95_study.ipynb #ec5de641
+# %% ../nbs/95_study.ipynb #97e494a8
 def dispatcher_for(study:Study, on='local'):
     "The dispatcher of a study: one engine, or routes between several."
     make = lambda name: make_dispatcher(name, study.store, **study.spec.engines.get(name, {}))
     if not study.spec.routes: return make(on)
-    made = {n: make(n) for n in dict.fromkeys([r.on for r in study.spec.routes] + [on])}
-    routes = [({k: v for k in ('kind', 'cpus', 'gpus') if (v := getattr(r, k))}, made[r.on]) for r in study.spec.routes]
+    made = {n: make(n) for n in dict.fromkeys([r.engine for r in study.spec.routes] + [on])}
+    routes = [({k: v for k in ('kind', 'cpus', 'gpus') if (v := getattr(r, k))}, made[r.engine]) for r in study.spec.routes]
     return RoutingDispatcher(routes, made[on])
 
 def run_study(study:Study, on='local', jobs=None, show=True)->list: # rows

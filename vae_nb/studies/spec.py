@@ -7,7 +7,7 @@ __all__ = ['Resources', 'Route', 'Criterion', 'Original', 'seeds_by_phase', 'che
            'read_original', 'raw_spec', 'load_spec', 'configurations', 'in_order', 'Job', 'jobs_of']
 
 # %% ../../nbs/62_spec.ipynb #4495e844
-import csv, hashlib, itertools, json
+import csv, hashlib, itertools, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Optional, Union
@@ -32,7 +32,7 @@ class Resources(_Model):
 
 class Route(_Model):
     "Where jobs go that ask for at least so much; the first route that fits wins."
-    on: Literal['local', 'ray', 'slurm', 'skypilot'] = Field(description="engine of this route; the first route that fits wins")
+    engine: Literal['local', 'ray', 'slurm', 'skypilot'] = Field(description="where these go; the first route that fits wins")
     kind: Optional[str] = Field(None, description="jobs of this kind; empty: of any")
     cpus: int = Field(0, description="jobs that ask for at least so many cores")
     gpus: float = Field(0., description="jobs that ask for at least so many cards")
@@ -192,10 +192,15 @@ def read_original(spec:Spec, path)->list: # of dicts: configuration, value, seed
     return rows
 
 # %% ../../nbs/62_spec.ipynb #41500576
+class _Loader(yaml.SafeLoader): pass          # a safe loader too, for which on, off, yes and no are words: configurations are called so
+_Loader.yaml_implicit_resolvers = {c: [(t, r) for t, r in v if t != 'tag:yaml.org,2002:bool'] for c, v in
+                                   yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver('tag:yaml.org,2002:bool', re.compile(r'^(?:true|True|TRUE|false|False|FALSE)$'), list('tTfF'))
+
 def _parse(path, profile): # node tree, fields, profile
     if not path.exists(): raise UserError(f"There is no study at {path}.")
     text = path.read_text(encoding='utf-8')
-    try: node, raw = yaml.compose(text), yaml.safe_load(text)
+    try: node, raw = yaml.compose(text), yaml.load(text, _Loader)
     except yaml.YAMLError as e: raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict): raise UserError(f"{path} must be a mapping of {', '.join(Spec.model_fields)}.")
     _twice(node, path.name); return node, *with_profile(raw, profile, path.name)
