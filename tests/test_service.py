@@ -455,7 +455,8 @@ class TestLab:
             cell = lambda c, s: page.get_by_role('button', name=f'{c}, seed {s}: ')
             expect(cell('focal', 0)).to_have_text('✗', timeout=60_000); a = t.store.claim(t.keys['plain', 1]); t.store.beat(a, .5)
             expect(cell('plain', 1)).to_have_class(re.compile('s-running'), timeout=10_000)       # while the kernel is busy
-            page.get_by_text('| Busy').wait_for(); (tmp_path/'copy'/'go').touch(); page.get_by_text('| Idle').wait_for(timeout=30_000)
+            prompt = page.locator('.jp-InputPrompt').last; expect(prompt).to_have_text('[*]:'); (tmp_path/'copy'/'go').touch()
+            expect(prompt).to_have_text('[2]:', timeout=30_000)
             t.store.finish(a, 'done', 0, results=[dict(nelbo=70.1)]); expect(cell('plain', 1)).to_have_text('✓', timeout=10_000)
             cell('focal', 0).click(); panel = page.locator('.panel'); expect(panel.locator('pre')).to_contain_text('ValueError: no data')
             link = panel.get_by_role('link', name='Executed notebook')

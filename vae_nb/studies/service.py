@@ -20,12 +20,12 @@ from .results import overview, stats
 from .store import STATES, Store
 from .worker import log_tail
 
-# %% ../../nbs/69_service.ipynb #84a534fb
+# %% ../../nbs/69_service.ipynb #fad13aed
 class Reader(Store):
     "A store that cannot be written. Raises `UserError` where there is none."
     def __init__(self, path, wait:float=5.): # seconds to wait for a writer
         self.path, self.wait = Path(path), wait
-        if not self.path.is_file(): raise UserError(f"There is no store of studies at {path}: `vae-nb study FILE plan` makes one.")
+        if not self.path.is_file(): raise UserError(f"There is no store of studies at {path}: `vae-nb study FILE run` makes one.")
         try: self.version
         except (sqlite3.DatabaseError, IndexError) as e:
             raise UserError(f"{path} is not a store of studies, or is damaged ({e}).") from None
