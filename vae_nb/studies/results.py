@@ -176,7 +176,7 @@ def where_rows(d:StudyData)->list: # of dicts
                  seconds_a_job=sum(r.seconds or 0. for r in v)/len(v))
             for (hw, commit, dirty), v in found.items()]
 
-# %% ../../nbs/68_results.ipynb #54440a59
+# %% ../../nbs/68_results.ipynb #051d5df9
 def no_nan(o):
     "JSON has no NaN: None."
     if isinstance(o, dict): return {str(k): no_nan(v) for k, v in o.items()}
@@ -195,7 +195,9 @@ def stats(store, study)->dict:
     "What the finished cells say."
     d = StudyData(store, study); keep = 'configuration n failed mean sd low high worst_seed worst'.split()
     return no_nan(dict(study=study, version=d.version, metric=d.metric, lower_is_better=d.lower, baseline=d.baseline,
-                       rows=[{k: r.get(k) for k in keep} for r in configuration_rows(d)], values=d.values, worth=worth(fewest(d)),
+                       rows=[{k: r.get(k) for k in keep}
+                             for r in configuration_rows(d)], values=d.values,
+                       worth=worth(fewest(d)) if fewest(d) else 'Nothing is done yet.',
                        comparisons=[{k: r[k] for k in 'configuration n mean low high p_holm says'.split()} for r in difference_rows(d)]))
 
 def fewest(d:StudyData)->int:

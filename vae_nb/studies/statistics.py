@@ -178,9 +178,12 @@ def seeds_to_decide(effect:float, # in standard deviations of one difference
                     have:int=0, wanted=0.8, most=1000)->int: # more seeds; -1 if more than `most`
     "How many seeds more until a paired difference of this size is noticed with chance `wanted`."
     if not effect or math.isnan(effect): return -1
-    for n in range(max(2, have), most + have + 1):
-        if power(effect, n) >= wanted: return n - have
-    return -1
+    low, high = max(2, have), most + have           # more seeds never notice less: bisect
+    if power(effect, high) < wanted: return -1
+    while low < high:
+        mid = (low + high)//2
+        low, high = (low, mid) if power(effect, mid) >= wanted else (mid + 1, high)
+    return low - have
 
 def _reach(n, sd): return stats.t.ppf(.975, n - 1)*sd*math.sqrt(1 + 1/n)
 
