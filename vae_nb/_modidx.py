@@ -1661,6 +1661,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'vae_nb.studies.store': { 'vae_nb.studies.store.RunInfo': ('store.html#runinfo', 'vae_nb/studies/store.py'),
                                       'vae_nb.studies.store.RunInfo.folder': ('store.html#runinfo.folder', 'vae_nb/studies/store.py'),
                                       'vae_nb.studies.store.RunInfo.of': ('store.html#runinfo.of', 'vae_nb/studies/store.py'),
+                                      'vae_nb.studies.store.RunInfo.planned': ('store.html#runinfo.planned', 'vae_nb/studies/store.py'),
                                       'vae_nb.studies.store.Store': ('store.html#store', 'vae_nb/studies/store.py'),
                                       'vae_nb.studies.store.Store.__init__': ('store.html#store.__init__', 'vae_nb/studies/store.py'),
                                       'vae_nb.studies.store.Store._open': ('store.html#store._open', 'vae_nb/studies/store.py'),

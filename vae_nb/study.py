@@ -59,7 +59,7 @@ def _short(path):
     path, root = Path(path).resolve(), load_settings().root
     return path.relative_to(root) if path.is_relative_to(root) else path
 
-# %% ../nbs/95_study.ipynb #db07527c
+# %% ../nbs/95_study.ipynb #4d32832e
 def planned(study:Study)->list: # of `RunInfo`
     "The cells as they would be, looked up by key; nothing is written."
     known = study.store.states() if study.file.exists() else {}; root = Path(load_settings().runs)/find_notebook(study.spec.notebook).stem
@@ -69,9 +69,7 @@ def planned(study:Study)->list: # of `RunInfo`
         if j.phase not in seen: continue
         state, seconds = known.get(j.key, new)
         if state == 'pending' and j.key in folders and (j.folder/'metrics.json').exists(): state = 'done'
-        res.append(RunInfo(j.study, j.configuration, j.seed, j.key, j.notebook, j.phase, j.kind, j.cpus, j.gpus, j.timeout, j.needs,
-                           j.params,
-                           state, seconds=seconds if state == 'done' else None))
+        res.append(RunInfo.planned(j, state, seconds if state == 'done' else None))
     return res
 
 def past_seconds(study:Study, rows)->dict: # {configuration: (mean seconds, number of jobs, whose)}

@@ -156,11 +156,11 @@ def job(self:Store, key)->dict:
 Store.job = job
 
 def states(self:Store, now=None)->dict: # {key: (state, seconds of the attempt that did it or None)}
-    "The state of every job there is, for a plan: nothing else is read."
+    "The states of the jobs that somebody has begun or taken back, for a plan; all others are pending. Nothing else is read."
     newest = self.rows('select key, max(id) as id, beat, lease, ended, outcome, seconds from attempts group by key')
     last = {r['key']: r for r in newest}
     return {r['key']: (derive_state(last.get(r['key']), bool(r['cancelled']), r['retried'], now), last.get(r['key'], {}).get('seconds'))
-            for r in self.rows('select key, cancelled, retried from jobs')}
+            for r in self.rows('select key, cancelled, retried from jobs where cancelled or key in (select key from attempts)')}
 Store.states = states
 
 # %% ../../nbs/63_store.ipynb #b8cc1b30
@@ -302,6 +302,11 @@ class RunInfo:
     def of(cls, d:dict)->'RunInfo':
         "From a row of `Store.cells`, or from `dataclasses.asdict` and back through JSON."
         return cls(**{k: d[k] for k in cls.__dataclass_fields__ if k in d} | dict(needs=tuple(d.get('needs', ()))))
+
+    @classmethod
+    def planned(cls, job:Job, state, seconds=None)->'RunInfo':
+        "A job that the store may not know yet. Fields are taken over as they are: a plan has up to a hundred thousand."
+        r = cls.__new__(cls); r.__dict__.update(job.__dict__, state=state, seconds=seconds); return r
 
     @property
     def folder(self): return Path(load_settings().runs)/self.notebook/self.key
