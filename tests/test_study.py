@@ -221,6 +221,22 @@ def test_a_lost_terminal_line_is_no_lost_row(project):
     p.stdout.close(); p.wait(60); t.check_whole(2)
 
 
+def test_report_in_files_and_mirrored_offline(project, monkeypatch):
+    "The report of somebody's own study: summary, tables, figures; and the same at W&B without an account."
+    pytest.importorskip('wandb'); t = Toy(project, seeds=2); assert t('run').returncode == 0
+    (t.root/'experiments'/'validation.ipynb').write_text((ROOT/'experiments'/'validation.ipynb').read_text())
+    monkeypatch.setenv('WANDB_MODE', 'offline'); p = t('report', '--wandb', 'studies', timeout=240); assert p.returncode == 0, p.stderr
+    folder = t.root/p.stdout.strip(); made = {f.name for f in folder.rglob('*') if f.is_file()}
+    assert made >= {'summary.md', 'results.csv', 'results.json', 'strips.png', 'heatmap.png', 'ranks.png', 'run.ipynb', 'metrics.json'}
+    found = json.loads((folder/'results.json').read_text())
+    assert found['values']['plain'] == {'0': 70, '1': 71} and '2 seeds' in found['worth']
+    assert len((folder/'results.csv').read_text().splitlines()) == 5 and 'Study toy' in (folder/'summary.md').read_text()
+    html = (folder/'run.ipynb').read_text(); assert html.count('text/html') and '<svg' in html               # the matrix as a still
+    assert list((t.root/'runs'/'wandb').rglob('*.wandb')) and list((t.root/'runs'/'wandb').rglob('seeds*.table.json'))
+    (t.root/'other.yaml').write_text((t.root/'study.yaml').read_text()); p = project('study', 'other.yaml', 'status')
+    assert p.returncode == 2 and 'called toy too' in p.stderr
+
+
 SCRIPT = ROOT/'scripts'/'launch_validation.sh'
 
 def launch(*args, script=SCRIPT, cwd=ROOT, **env):
