@@ -281,7 +281,7 @@ def test_a_visitor_that_goes_away_ends_its_stream(toy, server):
     if not os.path.exists(f'/proc/{p.pid}/fd'): pytest.skip('no /proc')
     wait_for(lambda: fds() and urllib.request.urlopen(f'http://{host}:{port}/api/studies').status == 200); before = fds()
     streams = [Events(host, port, '/events/toy') for _ in range(5)]; wait_for(lambda: all(e.count() for e in streams))
-    assert fds() >= before + 5
+    assert fds() >= before + 3               # before may count a connection or two that were about to close
     for e in streams: e.answer.fp.raw._sock.shutdown(socket.SHUT_RDWR)
     wait_for(lambda: fds() <= before + 1, 10, 'an end of the connections')
 
