@@ -283,7 +283,7 @@ def test_a_visitor_that_goes_away_ends_its_stream(toy, server):
     streams = [Events(host, port, '/events/toy') for _ in range(5)]; wait_for(lambda: all(e.count() for e in streams))
     assert fds() >= before + 3               # before may count a connection or two that were about to close
     for e in streams: e.answer.fp.raw._sock.shutdown(socket.SHUT_RDWR)
-    wait_for(lambda: fds() <= before + 1, 10, 'an end of the connections')
+    wait_for(lambda: fds() <= before + 1, 30, 'an end of the connections')
 
 def test_refusals_are_one_sentence(toy, server):
     for host in ('0.0.0.0', '::'):
@@ -315,7 +315,7 @@ def test_widget_has_two_faces_and_ends(toy):
     w = MatrixWidget('toy', toy.store, toy.runs, every=.1); data, _ = w._repr_mimebundle_()
     assert 'application/vnd.jupyter.widget-view+json' in data and '<script' not in data['text/html'] and 'focal' in data['text/html']
     toy.done('plain', 1, 70.); wait_for(lambda: w.overview['counts'].get('done') == 2, 10); w.asked = toy.keys['focal', 0]
-    wait_for(lambda: 'ValueError' in w.log.get('text', ''), 10); w.close(); wait_for(lambda: not w.thread.is_alive(), 5)
+    wait_for(lambda: 'ValueError' in w.log.get('text', ''), 30); w.close(); wait_for(lambda: not w.thread.is_alive(), 5)
 
 def test_nbconvert_shows_the_still_of_an_executed_notebook(toy):
     "As our runner leaves it: the state of widgets is not stored."
@@ -330,7 +330,7 @@ def test_widget_rests_when_nobody_looks(toy):
     w = MatrixWidget('toy', toy.store, toy.runs, every=.05); done = lambda: w.overview['counts'].get('done')
     for view in (1, 1, -1, -1): w._heard(w, dict(view=view), [])
     time.sleep(.3); toy.done('plain', 1, 70.); time.sleep(.5); assert done() == 1
-    w._heard(w, dict(view=1), []); wait_for(lambda: done() == 2, 10); w.close()
+    w._heard(w, dict(view=1), []); wait_for(lambda: done() == 2, 30); w.close()
 
 def test_a_run_for_the_record_keeps_the_still(toy, monkeypatch):
     from vae_nb.reporting.promote import slim_notebook
@@ -387,9 +387,9 @@ class TestPage:
             expect(page.locator('button.cell')).to_have_count(4)
             expect(cell('plain', 0)).to_have_text('✓'); expect(cell('focal', 0)).to_have_text('✗')
             page.evaluate('window.same = true'); a = toy.store.claim(toy.keys['plain', 1]); toy.store.beat(a, .5)
-            expect(cell('plain', 1)).to_have_class(re.compile('s-running'), timeout=10_000)
+            expect(cell('plain', 1)).to_have_class(re.compile('s-running'), timeout=30_000)
             expect(cell('plain', 1).locator('i')).to_have_attribute('style', re.compile('50%')); shot(page, 'page-running')
-            toy.store.finish(a, 'done', 0, results=[dict(nelbo=70.1)]); expect(cell('plain', 1)).to_have_text('✓', timeout=10_000)
+            toy.store.finish(a, 'done', 0, results=[dict(nelbo=70.1)]); expect(cell('plain', 1)).to_have_text('✓', timeout=30_000)
             expect(page.locator('.summary tbody tr').first).to_contain_text('70.30')
             assert page.evaluate('window.same')                                                         # without a reload
             cell('focal', 0).click(); panel = page.locator('.panel')
@@ -435,7 +435,7 @@ class TestPage:
         host, port, p = server(toy)
         with browsing() as page:
             page.goto(f'http://{host}:{port}/'); page.locator('button.cell').first.wait_for(); p.send_signal(signal.SIGINT); p.wait(10)
-            expect(page.locator('.note')).to_contain_text('trying again', timeout=10_000)
+            expect(page.locator('.note')).to_contain_text('trying again', timeout=30_000)
             toy.done('plain', 1, 70.); server(toy, port=port)
             expect(page.get_by_role('button', name='plain, seed 1: done')).to_be_visible(timeout=20_000)
             expect(page.locator('.note')).to_be_hidden()
@@ -454,10 +454,10 @@ class TestLab:
             for n in ('Run', 'Run All Cells'): page.get_by_role('menuitem', name=n, exact=True).click()
             cell = lambda c, s: page.get_by_role('button', name=f'{c}, seed {s}: ')
             expect(cell('focal', 0)).to_have_text('✗', timeout=60_000); a = t.store.claim(t.keys['plain', 1]); t.store.beat(a, .5)
-            expect(cell('plain', 1)).to_have_class(re.compile('s-running'), timeout=10_000)       # while the kernel is busy
+            expect(cell('plain', 1)).to_have_class(re.compile('s-running'), timeout=30_000)       # while the kernel is busy
             prompt = page.locator('.jp-InputPrompt').last; expect(prompt).to_have_text('[*]:'); (tmp_path/'copy'/'go').touch()
             expect(prompt).to_have_text('[2]:', timeout=30_000)
-            t.store.finish(a, 'done', 0, results=[dict(nelbo=70.1)]); expect(cell('plain', 1)).to_have_text('✓', timeout=10_000)
+            t.store.finish(a, 'done', 0, results=[dict(nelbo=70.1)]); expect(cell('plain', 1)).to_have_text('✓', timeout=30_000)
             cell('focal', 0).click(); panel = page.locator('.panel'); expect(panel.locator('pre')).to_contain_text('ValueError: no data')
             link = panel.get_by_role('link', name='Executed notebook')
             assert link.get_attribute('href') == f"/lab/tree/runs/toy/{t.keys['focal', 0]}/run.failed.ipynb"

@@ -57,7 +57,7 @@ class Toy:
         assert len(self.store.results(self.name)) == cells
         ended = self.lines('ended.txt'); assert len(ended) == len(set(ended)) == cells, ended
         for r in self.rows(): assert sum(a['outcome'] == 'done' for a in self.store.attempts(r.key)) == 1
-        wait_for(lambda: not self.processes(), 10, 'an end of all processes')
+        wait_for(lambda: not self.processes(), 30, 'an end of all processes')
 
 
 def test_from_plan_to_status(project):
@@ -105,7 +105,7 @@ def test_cell_error_killed_kernel_timeout_and_another_seed_are_failures_with_rea
     assert p.returncode == 1 and len(t.lines('trace.txt')) == n      # failures wait for a person
     (t.root/'mended').touch(); p = t('retry'); assert p.returncode == 0 and '4 jobs will be tried again' in p.stdout
     p = t('run'); assert [r.state for r in t.rows() if (r.configuration, r.seed) == ('focal', 1)] == ['done']
-    wait_for(lambda: not t.processes(), 10, 'an end of all processes')
+    wait_for(lambda: not t.processes(), 30, 'an end of all processes')
 
 
 def test_killed_worker_is_done_again_at_once(project):
@@ -113,7 +113,7 @@ def test_killed_worker_is_done_again_at_once(project):
     p = t.start('run', '--jobs', '2'); rows = t.running(2)
     for r in rows: os.kill(int(r.owner.rsplit(':', 1)[1]), signal.SIGKILL)
     (t.root/'go').touch()
-    out, err = p.communicate(timeout=60); assert p.returncode == 0, err
+    out, err = p.communicate(timeout=120); assert p.returncode == 0, err
     t.check_whole(2); assert [a['outcome'] for a in t.store.attempts(rows[0].key)] == ['lost', 'done']
     assert 'SIGKILL' in t.store.attempts(rows[0].key)[0]['reason']
 
@@ -133,7 +133,7 @@ def test_killed_scheduler_leaves_nothing_and_goes_on(project):
 def test_stopped_by_a_signal(project, sig):
     t = Toy(project, WAIT)
     p = t.start('run', '--jobs', '2'); t.running(2); os.killpg(p.pid, sig)
-    out, err = p.communicate(timeout=40); assert p.returncode == 130 and 'goes on' in err, err
+    out, err = p.communicate(timeout=90); assert p.returncode == 130 and 'goes on' in err, err
     assert not t.processes() and t.states() == ['pending']*2
     (t.root/'go').touch(); p = t('run'); assert p.returncode == 0; t.check_whole(2)
 
@@ -149,7 +149,7 @@ def test_edited_notebook_stops_the_study_and_an_undone_edit_goes_on(project):
     t = Toy(project, WAIT, seeds=3); nb = t.root/'experiments'/'toy.ipynb'; before = nb.read_text()
     p = t.start('run', '--jobs', '2'); t.running(2)
     nb.write_text(before.replace('70. + seed', '71. + seed')); (t.root/'go').touch()
-    out, err = p.communicate(timeout=60); assert p.returncode == 2 and 'was edited' in err, err
+    out, err = p.communicate(timeout=120); assert p.returncode == 2 and 'was edited' in err, err
     assert t.states().count('done') == 2, [r.reason for r in t.rows()]
     assert t.states().count('pending') == 4          # what ran was of the old version, and counts
     nb.write_text(before); p = t('run'); assert p.returncode == 0, p.stderr
@@ -197,7 +197,7 @@ def test_a_terminal_shows_a_live_table(project):
 def test_cancel_and_give_back(project):
     t = Toy(project, WAIT)
     p = t.start('run', '--jobs', '2'); t.running(2); assert t('cancel').returncode == 0
-    out, err = p.communicate(timeout=60); assert p.returncode == 1 and t.states() == ['cancelled']*2, err
+    out, err = p.communicate(timeout=120); assert p.returncode == 1 and t.states() == ['cancelled']*2, err
     (t.root/'go').touch(); assert 'tried again' in t('retry').stdout; assert t('run').returncode == 0; t.check_whole(2)
 
 
