@@ -1,12 +1,13 @@
 """Studies from the command line, and what must not hurt them: each test really kills, fills, edits or interrupts. Afterwards no result is
 lost, nothing was done twice, no process is left, and the same command goes on."""
-import contextlib, json, os, signal, subprocess, sys
+import contextlib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, kernels, wait_for
 
 from vae_nb.studies.store import Store
+from vae_nb.studies.worker import worker_argv
 
 STUDY = """study: {name}
 notebook: toy
@@ -127,6 +128,19 @@ def test_killed_scheduler_leaves_nothing_and_goes_on(project):
     assert t.states()[:2] == ['done']*2 and set(t.states()[2:]) <= {'pending'}
     (t.root/'go').touch(); p = t('run'); assert p.returncode == 0, p.stderr
     t.check_whole(4)
+
+
+def test_a_worker_stopped_at_any_moment_gives_its_job_back(project):
+    t = Toy(project, seeds=2); assert t.start('run').wait(timeout=120) == 0        # four jobs, known to the store
+    delays = (0., .01, .05, .15)
+    for r, delay in zip(t.rows(), delays):
+        for p in r.folder.iterdir(): p.unlink()                                    # to be done again
+        with t.store.change() as c: c.execute("update attempts set outcome='lost' where key=?", (r.key,))
+        p = subprocess.Popen(worker_argv(t.store.path, r.key), cwd=t.root, env=project.env() | dict(VAE_NB_SEED=str(r.seed)))
+        wait_for(lambda: len(t.store.attempts(r.key)) == 2, what='a claim')
+        time.sleep(delay); p.send_signal(signal.SIGTERM)
+        assert p.wait(timeout=60) == 130 and t.store.attempts(r.key)[-1]['outcome'] == 'cancelled', delay
+    assert t.states() == ['pending']*4
 
 
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'FAILED', 'REFUSED', 'CHANGED', 'NO_STORE', 'TIMEOUT', 'STOPPED', 'exit_words', 'die_with', 'Heart',
-           'found_rows', 'log_tail', 'work', 'worker_argv', 'main']
+           'found_rows', 'log_tail', 'Stop', 'work', 'worker_argv', 'main']
 
 # %% ../../nbs/65_worker.ipynb #64c69032
 import argparse, contextlib, ctypes, errno, os, signal, sys, threading, time
@@ -65,29 +65,49 @@ def log_tail(folder, n=4000)->str:
         with open(Path(folder)/'run.log', 'rb') as f: f.seek(max(0, f.seek(0, 2) - n)); return f.read().decode('utf-8', 'replace')
     except OSError: return ''
 
+# %% ../../nbs/65_worker.ipynb #70ff6001
+class Stop:
+    "A handler of signals: ends the program by `SystemExit`, but not while it is held."
+    def __init__(self): self.asked, self.held = False, False
+    def __call__(self, *_):
+        first, self.asked = not self.asked, True
+        if first and not self.held: sys.exit(STOPPED)
+
+    def hold(self): self.held = True
+    def let_go(self):
+        self.held = False
+        if self.asked: sys.exit(STOPPED)
+
 # %% ../../nbs/65_worker.ipynb #fb4f4fb4
 _codes = {'interrupted': ('cancelled', STOPPED), 'changed': ('cancelled', CHANGED), 'timeout': ('failed', TIMEOUT)}
 
-def work(store, key, lease=60., owner='')->int: # exit code
-    "Do the job `key`."
-    job = store.job(key); attempt = store.claim(key, owner, lease)
-    if attempt is None: return REFUSED
-    folder = Path(load_settings().runs)/job['notebook']/key; end = lambda *a, **kw: _insist(store.finish, attempt, *a, **kw)
-    refused = _check(job)
-    if refused: end(*refused); return refused[1]
-    heart, start = Heart(store, attempt, lease), time.time()
+def _outcome(job, folder, heart, stop)->dict: # what `Store.finish` is to be told
+    "Run the notebook of a claimed job. Raises `SystemExit` where it was stopped before or after."
+    say = lambda outcome, code, reason='', **kw: dict(outcome=outcome, exit_code=code, reason=reason, **kw)
     try:
+        stop.let_go(); start = time.time()
+        if (refused := _check(job)): return say(*refused)
         run_notebook(job['notebook'], job['params'].get('profile'), job['seed'], job['params'], timeout=job['timeout'],
                      show=False, watch=heart)
-        end('done', DONE, results=found_rows(folder), seconds=_seconds(folder, time.time() - start)); return DONE
-    except RunFailed as e:
-        outcome, code = _codes.get(e.reason, ('failed', FAILED))
-        end(outcome, code, f'{e.reason}: {e.message}', log_tail(folder)); return code
-    except UserError as e: end('cancelled', REFUSED, f'not started: {e}'); return REFUSED
+        return say('done', DONE, results=found_rows(folder), seconds=_seconds(folder, time.time() - start))
+    except RunFailed as e: return say(*_codes.get(e.reason, ('failed', FAILED)), f'{e.reason}: {e.message}', log=log_tail(folder))
+    except UserError as e: return say('cancelled', REFUSED, f'not started: {e}')
     except OSError as e:
-        full = e.errno == errno.ENOSPC
-        end('failed', FAILED, f"{'disk full' if full else 'runner error'}: {e}", log_tail(folder)); return FAILED
+        what = 'disk full' if e.errno == errno.ENOSPC else 'runner error'
+        return say('failed', FAILED, f'{what}: {e}', log=log_tail(folder))
+    finally: stop.hold()
+
+def work(store, key, lease=60., owner='', stop=None)->int: # exit code
+    "Do the job `key`."
+    stop = stop or Stop(); stop.hold(); job = store.job(key); attempt = store.claim(key, owner, lease)
+    if attempt is None: return REFUSED
+    heart = Heart(store, attempt, lease)
+    try: found = _outcome(job, Path(load_settings().runs)/job['notebook']/key, heart, stop)
+    except SystemExit:
+        found = dict(outcome='cancelled', exit_code=STOPPED, reason='interrupted: it was stopped before it began, or at its very end')
+    try: _insist(store.finish, attempt, **found)
     finally: heart.stop()
+    return found['exit_code']
 
 def _seconds(folder, own):
     "What the run took in all: if it was complete already, its own record knows."
@@ -117,8 +137,9 @@ def main(args=None)->int:
     p.add_argument('--parent', type=int, help="process to end with")
     a = p.parse_args(args)
     if a.parent and not die_with(a.parent): return STOPPED
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))              # until the run has its own handler
-    try: return work(Store(a.store), a.key, a.lease)
+    stop = Stop()                                                            # while the notebook runs, the run has its own handler
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(s, stop)
+    try: return work(Store(a.store), a.key, a.lease, stop=stop)
     except UserError as e: print(e, file=sys.stderr); return NO_STORE
 
 # %% ../../nbs/65_worker.ipynb #c9f2f236
