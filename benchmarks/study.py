@@ -1,15 +1,16 @@
 """What the machinery of a study costs, beside the bare notebook; and what planning costs.
 
     python benchmarks/study.py [--jobs 6]
+    python benchmarks/study.py --gain experiments/validation.yaml --size quick --seeds 2 --side 1 2      # on a GPU: --size full --side 1 4
 
 Measured on two cores of an AMD EPYC, alone: an empty notebook takes 1.65 s by `vae-nb run` and 2.19 s as a job of
 a study, start and end of the study included. So the machinery costs 0.5 s a job, 0.9 % of a job of one minute. A plan of 100,000 cells
 takes 1.7 s, 1.8 s where the store holds them all; adding them takes 3.0 s, and adding them again 1.4 s, which adds nothing.
 """
-import argparse, contextlib, os, subprocess, sys, tempfile, time
+import argparse, contextlib, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import nbformat
+import nbformat, yaml
 
 from vae_nb.core import hardware, load_settings
 from vae_nb.studies.spec import jobs_of, load_spec
@@ -57,12 +58,35 @@ def planning(root, configurations=500, seeds=200):
     return len(rows), res
 
 
+def gain(root, spec, size, seeds, side):
+    "Jobs an hour of the study at `spec` for each number of jobs at once, each time from nothing."
+    spec = Path(spec).resolve(); raw = yaml.safe_load(spec.read_text())
+    raw['profiles'] = {size: raw['profiles'][size] | dict(seeds=dict(all=seeds))}; raw.pop('seeds'); res = {}
+    for n in side:
+        here = root/f'side{n}'; here.mkdir(); (here/'settings.ini').write_text((load_settings().root/'settings.ini').read_text())
+        (here/'vae_nb').symlink_to(load_settings().root/'vae_nb'); shutil.copytree(spec.parent, here/'experiments')
+        (here/'study.yaml').write_text(yaml.safe_dump(raw, sort_keys=False))
+        seconds = timed('study', 'study.yaml', 'run', '--profile', size, '--jobs', str(n), cwd=here)
+        store = Store(here/'runs'/'studies.db'); rows = [r for s in store.studies() for r in store.runs(s)]
+        res[n] = len(rows), seconds, sum(r.seconds for r in rows)/len(rows)
+    return res
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--jobs', type=int, default=6, help="jobs each way"); a = p.parse_args()
+    p.add_argument('--jobs', type=int, default=6, help="jobs each way")
+    p.add_argument('--gain', help="YAML of a study: what running several jobs at once brings")
+    p.add_argument('--size', default='quick', help="with --gain: profile of the study")
+    p.add_argument('--seeds', type=int, default=2, help="with --gain: random seeds of each configuration")
+    p.add_argument('--side', type=int, nargs='+', default=[1, 2], help="with --gain: how many at once, each tried"); a = p.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1'); h = hardware(); print(f"{h['cpu']}, {h['cores']} cores")
     with tempfile.TemporaryDirectory() as d:
-        root = Path(d).resolve(); project(root); timed('run', 'toy', '--seed', '999', cwd=root)          # caches are warm for both
+        root = Path(d).resolve()
+        if a.gain:
+            for n, (jobs, seconds, each) in gain(root, a.gain, a.size, a.seeds, a.side).items():
+                print(f'{n} at once: {jobs} jobs in {seconds:.0f} s, {3600*jobs/seconds:.0f} an hour; {each:.0f} s each')
+            return
+        project(root); timed('run', 'toy', '--seed', '999', cwd=root)          # caches are warm for both
         bare, study = overhead(root, a.jobs)
         print(f'bare notebook by vae-nb run: {bare:.2f} s; as a job of a study: {study:.2f} s, start and end of the study included')
         print(f'overhead: {study - bare:+.2f} s a job, {(study - bare)/60:+.1%} of a job of one minute')

@@ -6,7 +6,8 @@ from conftest import ROOT, Project, kernels, wait_for
 from vae_nb.core import UserError
 from vae_nb.runs import run_key
 from vae_nb.studies import clusters
-from vae_nb.studies.clusters import RayDispatcher, SkypilotDispatcher, SlurmDispatcher, make_dispatcher, worker_processes
+from vae_nb.studies.clusters import RayDispatcher, SkypilotDispatcher, SlurmDispatcher, make_dispatcher
+from vae_nb.studies.dispatch import worker_processes
 from vae_nb.studies.runner import find_notebook
 from vae_nb.studies.scheduler import schedule
 from vae_nb.studies.spec import Job
@@ -30,7 +31,8 @@ class Study:
     def state(self, j): return next(r.state for r in self.store.runs('study') if r.key == j.key)
     def outcomes(self, j): return [a['outcome'] for a in self.store.attempts(j.key)]
     def found(self, j): return [r for r in self.store.results('study') if r['key'] == j.key]
-    def left(self, j): return worker_processes(j.key) + kernels(j.folder)
+    def workers(self, j): return worker_processes(self.store.path, j.key)
+    def left(self, j): return self.workers(j) + kernels(j.folder)
     def running(self, j): return self.state(j) == 'running' and kernels(j.folder)
 
 @pytest.fixture(scope='module')
@@ -102,7 +104,7 @@ def test_ray_listens_on_loopback_only(ray):
 
 def test_a_killed_ray_process_neither_loses_nor_doubles_a_job(place, ray):
     j = place.job(2, wait=3.); h = ray.submit(j); assert ray.submit(j) == h and ray.slots().cpus <= 1
-    wait_for(lambda: place.running(j), what='the job'); (worker,) = worker_processes(j.key)
+    wait_for(lambda: place.running(j), what='the job'); (worker,) = place.workers(j)
     parent = int(Path(f'/proc/{worker}/stat').read_text().rsplit(')', 1)[1].split()[1])
     assert Path(f'/proc/{parent}/cmdline').read_text().startswith('ray::'); os.kill(parent, signal.SIGKILL)
     assert follow(ray, h).startswith('lost its Ray process died')
@@ -111,7 +113,7 @@ def test_a_killed_ray_process_neither_loses_nor_doubles_a_job(place, ray):
     assert place.outcomes(j) == ['cancelled', 'done'] and len(place.found(j)) == 1 and not place.left(j)
 
 def test_a_ray_process_and_its_worker_killed_together(place, ray):
-    j = place.job(3, wait=3.); h = ray.submit(j); wait_for(lambda: place.running(j), what='the job'); (worker,) = worker_processes(j.key)
+    j = place.job(3, wait=3.); h = ray.submit(j); wait_for(lambda: place.running(j), what='the job'); (worker,) = place.workers(j)
     parent = int(Path(f'/proc/{worker}/stat').read_text().rsplit(')', 1)[1].split()[1])
     for p in (worker, parent): os.kill(p, signal.SIGKILL)
     assert follow(ray, h).startswith('lost'); assert place.state(j) == 'pending' and not place.left(j)      # at once, not after the lease
@@ -225,7 +227,7 @@ def test_slurm_killed_by_force(place, slurm):
 
 def test_a_killed_worker_on_slurm_is_done_again(place, slurm):
     j = place.job(24, wait=2.); h = slurm.submit(j); wait_for(lambda: place.running(j), what='the job')
-    os.kill(*worker_processes(j.key), signal.SIGKILL)
+    os.kill(*place.workers(j), signal.SIGKILL)
     assert follow(slurm, h) == 'lost killed by SIGKILL' and place.outcomes(j) == ['lost'] and not place.left(j)
     work_off(place, slurm, [j]); assert place.outcomes(j) == ['lost', 'done'] and len(place.found(j)) == 1
 

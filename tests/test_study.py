@@ -137,7 +137,7 @@ def test_a_worker_stopped_at_any_moment_gives_its_job_back(project):
         for p in r.folder.iterdir(): p.unlink()                                    # to be done again
         with t.store.change() as c: c.execute("update attempts set outcome='lost' where key=?", (r.key,))
         p = subprocess.Popen(worker_argv(t.store.path, r.key), cwd=t.root, env=project.env() | dict(VAE_NB_SEED=str(r.seed)))
-        wait_for(lambda: len(t.store.attempts(r.key)) == 2, what='a claim')
+        wait_for(lambda key=r.key: len(t.store.attempts(key)) == 2, what='a claim')
         time.sleep(delay); p.send_signal(signal.SIGTERM)
         assert p.wait(timeout=60) == 130 and t.store.attempts(r.key)[-1]['outcome'] == 'cancelled', delay
     assert t.states() == ['pending']*4
