@@ -198,6 +198,7 @@ class Run:
         self.params, self.seed, self.profile = config.get('params', {}), config.get('seed'), config.get('profile')
         self.tables, self.figures, self.rows, self.started = {}, {}, [], time.time()
         self.namespace = {}      # of the notebook: it knows the seed that was used in the end
+        self.ref = ''            # the name by which the report knows this run; '': experiment.profile
         self.events = EventLog(self.path/'events.jsonl')
 
     def __getattr__(self, name):
@@ -260,7 +261,7 @@ def finish(self:Run, **metrics):
     write_json(self.path/'metrics.json', dict(name=self.config.get('name'), key=self.config.get('key'), profile=self.profile,
                seed=self.seed if (used := self.namespace.get('seed')) is None else used,
                metrics=metrics, tables=self.tables, figures=self.figures,
-               **(dict(rows=to_jsonable(self.rows)) if self.rows else {})))
+               **(dict(ref=self.ref) if self.ref else {}), **(dict(rows=to_jsonable(self.rows)) if self.rows else {})))
     (self.path/'metrics.before.json').unlink(missing_ok=True)
     self.log('finished'); self.events.close(); release_lock(self.path)
     return self.path

@@ -111,8 +111,7 @@ def _read_result(path, s, package):
     if not rec['metrics'] or not prov or not nb.exists() or unfinished_cells(read_json(nb, 'executed notebook')):
         raise UserError(f"{os.path.relpath(path, s.root)} is not the result of a complete run: promote it again, or remove it.")
     source = s.experiments/f"{cfg['name']}.ipynb"; now = (package, hash_notebook(source) if source.exists() else None)
-    study = rec['metrics']['metrics'].get('study')        # the report of another study is not that of the experiment's own
-    ref = f"{cfg['name']}.{cfg['profile']}" if study in (None, f"{cfg['name']}-{cfg['profile']}") else f'study.{study}'
+    ref = rec['metrics'].get('ref') or f"{cfg['name']}.{cfg['profile']}"      # a notebook that reports many things names its run itself
     return rec | dict(ref=ref, name=cfg['name'], profile=cfg['profile'], seed=cfg['seed'], run=path.name,
                       old=(prov.get('package_hash'), prov.get('notebook_hash')) != now)
 
