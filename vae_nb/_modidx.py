@@ -1592,6 +1592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'vae_nb.studies.service.known_study': ('service.html#known_study', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.listen': ('service.html#listen', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.make_app': ('service.html#make_app', 'vae_nb/studies/service.py'),
+                                        'vae_nb.studies.service.own_params': ('service.html#own_params', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.run_log': ('service.html#run_log', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.serve': ('service.html#serve', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.without_scripts': ( 'service.html#without_scripts',
