@@ -30,7 +30,8 @@ class Toy:
         (root/'settings.ini').write_text((ROOT/'settings.ini').read_text())
         self.file = self.runs/'studies.db'; self.store = Store(self.file)
         key = lambda c, s: hashlib.sha256(f'{study} {c} {s}'.encode()).hexdigest()[:12]
-        self.store.add([Job(key(c, s), study, c, s, 'toy', dict(seed=s)) for s in range(seeds) for c in configurations])
+        self.store.add([Job(key(c, s), study, c, s, 'toy', dict(seed=s, epochs=3, weights=None, loss=c))
+                        for s in range(seeds) for c in configurations])
         self.store.describe(study, dict(question='Does it help?', metric='nelbo', lower_is_better=True))
         self.keys = {(r.configuration, r.seed): r.key for r in self.store.runs(study)}
 
@@ -95,10 +96,26 @@ def test_a_worker_that_fell_silent_is_seen_though_nobody_wrote(toy):
 def test_logs(toy):
     c = toy.client(); url = lambda c, s: f'/api/validation/log/toy/{toy.keys[c, s]}'
     assert c.get(url('focal', 0)).json() == dict(key=toy.keys['focal', 0], reason='cell error: ValueError: no data',
-                                                 text='Traceback\nValueError: no data')
+                                                 text='Traceback\nValueError: no data', params=dict(loss='focal'))
     assert c.get(url('plain', 1)).json()['text'] == ''
     (toy.folder('focal', 0)/'run.log').write_bytes(b'x'*100_000 + b'\xff\nthe end\n')
     text = c.get(url('focal', 0)).json()['text']; assert text.endswith('the end\n') and len(text) <= 8000
+
+def test_parameters_that_set_a_configuration_apart(toy):
+    told = lambda study, key: toy.client().get(f'/api/validation/log/{study}/{key}').json()['params']
+    assert told('toy', toy.keys['plain', 1]) == dict(loss='plain')
+    alone = Toy(toy.root, 'alone', configurations=('one',))         # nothing to differ from: all of them
+    assert told('alone', alone.keys['one', 0]) == dict(epochs=3, weights=None, loss='one')
+
+def test_large_answers_are_packed_and_events_are_not(tmp_path, server):
+    t = Toy(tmp_path, configurations=[f'depth={i}' for i in range(100)], seeds=20); t.done('depth=0', 0, 1.); c = t.client()
+    url = '/api/validation/runs/toy'; plain, packed = (c.get(url, headers={'Accept-Encoding': e}) for e in ('identity', 'gzip, br'))
+    assert 'content-encoding' not in plain.headers and packed.headers['content-encoding'] == 'gzip' and plain.json() == packed.json()
+    assert int(packed.headers['content-length']) < .2*int(plain.headers['content-length']) and packed.headers['vary'] == 'Accept-Encoding'
+    for tag in (plain.headers['etag'], packed.headers['etag']): assert c.get(url, headers={'If-None-Match': tag}).status_code == 304
+    host, port, _ = server(t); h = http.client.HTTPConnection(host, port, timeout=10)
+    h.request('GET', '/events/toy', headers={'Accept-Encoding': 'gzip'}); r = h.getresponse()
+    assert r.getheader('content-encoding') is None and r.readline() == b'event: change\n'; h.close()
 
 def test_notebook_is_shown_without_what_acts(toy):
     c = toy.client(); url = f"/notebook/toy/{toy.keys['plain', 0]}"
@@ -340,6 +357,18 @@ def test_a_run_for_the_record_keeps_the_still(toy, monkeypatch):
     nb = slim_notebook(dict(metadata={}, cells=[dict(cell_type='code', outputs=[out])]), 'figures')
     assert 'class="vnb-still"' in nb['cells'][0]['outputs'][0]['data']['text/html']
 
+def test_the_command_and_the_page_use_the_same_signs():
+    from vae_nb.study import signs
+    from vae_nb.studies.widget import LOOKS
+    assert {s: sign for s, (sign, *_) in LOOKS.items()} == signs
+
+def test_still_has_a_legend(toy):
+    from bs4 import BeautifulSoup
+    from vae_nb.studies.results import overview, stats
+    from vae_nb.studies.widget import MEANS, matrix_html
+    legend = BeautifulSoup(matrix_html(overview(toy.store, 'toy'), stats(toy.store, 'toy')), 'html.parser').find('p', 'l').get_text()
+    assert all(f'{s}: {x}' in legend for s, x in MEANS.items())
+
 def test_still_of_a_large_study_is_small(tmp_path):
     from vae_nb.studies.results import overview, stats
     from vae_nb.studies.widget import matrix_html
@@ -394,11 +423,22 @@ class TestPage:
             assert page.evaluate('window.same')                                                         # without a reload
             cell('focal', 0).click(); panel = page.locator('.panel')
             expect(panel.locator('pre')).to_contain_text('ValueError: no data'); expect(panel).to_contain_text('cell error')
-            shot(page, 'page-panel')
+            expect(panel.locator('dl')).to_contain_text('loss=focal'); shot(page, 'page-panel')
             with page.expect_popup() as popup: panel.get_by_role('link', name='Executed notebook').click()
             expect(popup.value.get_by_text('two', exact=True)).to_be_visible(); assert popup.value.title() != 'taken'
             page.keyboard.press('Escape'); expect(panel).to_be_hidden(); assert not page.wrong, page.wrong
         assert not outside
+
+    def test_marks_are_explained_and_a_cell_that_waits_says_so(self, toy, site):
+        toy.store.rows('update jobs set cancelled = 1 where key = ?', toy.keys['focal', 1])
+        with browsing() as page:
+            page.goto(site(toy)); legend = page.locator('.legend'); expect(legend).to_contain_text('stale: its worker fell silent')
+            expect(legend.locator('.cell')).to_have_text(['·', '▶', '✓', '✗', '?', '–'])
+            page.locator('button.s-pending').click(); log = page.locator('.panel pre'); expect(log).to_have_text('(not started yet)')
+            expect(page.locator('.panel dl')).to_contain_text('loss=plain'); shot(page, 'page-pending')
+            a = toy.store.claim(toy.keys['plain', 1]); expect(log).to_have_text('(nothing was printed)', timeout=30_000)
+            toy.store.finish(a, 'done', 0, results=[dict(nelbo=70.)])
+            page.locator('button.s-cancelled').click(); expect(log).to_have_text('(called off before it started)'); assert not page.wrong
 
     def test_keys_reach_every_cell(self, toy, site):
         with browsing() as page:
@@ -416,7 +456,8 @@ class TestPage:
         t.store.describe('toy', dict(question=EVIL, metric=EVIL))
         with browsing() as page:
             page.goto(site(t)); page.locator('button.s-failed').first.click()
-            expect(page.locator('.panel pre')).to_have_text(EVIL); expect(page.locator('.matrix th[title]').first).to_have_text(EVIL)
+            expect(page.locator('.panel pre')).to_have_text(EVIL); expect(page.locator('.panel dl')).to_contain_text(f'loss={EVIL}')
+            expect(page.locator('.matrix th[title]').first).to_have_text(EVIL)
             expect(page.locator('.summary svg').first).to_be_visible()
             assert page.title() != 'taken' and page.locator('.vnb script, .vnb img').count() == 0 and not page.wrong
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEALTHY', 'SOUND', 'Case', 'all_cases', 'grids_file', 'case_config', 'train_case', 'simple_rules', 'judge_case',
-           'plain_numbers', 'work', 'spread', 'run_cases', 'first_named', 'single', 'wilson', 'f_scores', 'macro_f1',
+           'plain_numbers', 'work', 'spread', 'run_cases', 'first_named', 'single', 'f_scores', 'macro_f1',
            'score_table', 'summary_row', 'pair_table', 'detection_table', 'confusion_matrix', 'plot_confusion',
            'values_of', 'margins']
 
@@ -16,10 +16,9 @@ from pathlib import Path
 
 # %% ../../nbs/54_scorecard.ipynb #68616a2a
 import numpy as np, torch
-from scipy import stats
 
 # %% ../../nbs/54_scorecard.ipynb #576b132d
-from ..core import hash_text, load_settings, read_json, write_json
+from ..core import hash_text, load_settings, read_json, wilson, write_json
 from ..data.datasets import save_dataset
 from .diagnoses import DIAGNOSES, LIMITS, diagnose
 from .faults import FAULTS, PAIRS, get_fault, healthy, plant, plant_pair, world_data
@@ -168,9 +167,6 @@ def first_named(o, by='doctor')->str: # an outcome
 def single(outcomes)->list: # of (truth, outcome)
     "The runs with one illness or none."
     return [(o['truth'][0] if o['truth'] else SOUND, o) for o in outcomes if len(o['truth']) < 2]
-
-def wilson(k:int, n:int)->tuple: # 95 % interval of a share
-    return tuple(stats.binomtest(k, n).proportion_ci(method='wilson')) if n else (math.nan, math.nan)
 
 def f_scores(truth, said)->dict: # {illness: (hits, said, there, F1)}
     "For every illness that is there."

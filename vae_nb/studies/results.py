@@ -287,6 +287,7 @@ def _say_differences(d, rows):
         else: out.append(f"- {text}: {r['says']}.")
     return out
 
+# %% ../../nbs/68_results.ipynb #d00ca51e
 def _say_single(d, s):
     if s['seeds'] < 2 or len(s['wins']) < 2: return []
     wins = ', '.join(f'{c} {v:.0%}' for c, v in sorted(s['wins'].items(), key=lambda i: -i[1]))
@@ -296,6 +297,7 @@ def _say_single(d, s):
     torn = [f"{p['better']} before {p['worse']} ({p['agree']:.0%} of seeds)" for p in s['pairs'] if p['agree'] < .9]
     return ['', text + (f" A single seed does not order: {', '.join(torn)}." if torn else '')]
 
+# %% ../../nbs/68_results.ipynb #b0cd8a0e
 def summary_text(d:StudyData, original=(), claims=None)->str:
     "The executive summary in Markdown."
     rows, diff, single, fails = configuration_rows(d), difference_rows(d), single_seed(d), failure_rows(d)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'finite', 'interval', 'power', 'visible_effect', 'worth', 'common_seeds', 'paired', 'holm', 'compare',
-           'iqm', 'stratified_bootstrap', 'probability_of_improvement', 'wilson', 'stability', 'ranks', 'kendall_w',
+           'iqm', 'stratified_bootstrap', 'probability_of_improvement', 'stability', 'ranks', 'kendall_w',
            'prediction_interval', 'winners_curse', 'seeds_to_decide', 'seeds_for_margin', 'verdict']
 
 # %% ../../nbs/61_statistics.ipynb #47590124
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import integrate, stats
 
 # %% ../../nbs/61_statistics.ipynb #968ae027
-from ..core import UserError, check_choice
+from ..core import UserError, check_choice, wilson
 
 # %% ../../nbs/61_statistics.ipynb #3c9cb3be
 @dataclass(frozen=True)
@@ -127,9 +127,6 @@ def probability_of_improvement(a, b, lower_is_better=True)->float:
     return float(u if lower_is_better else 1 - u)
 
 # %% ../../nbs/61_statistics.ipynb #0550bfb4
-def wilson(k:int, n:int)->tuple: # low, high of a share, 95 %
-    return tuple(float(v) for v in stats.binomtest(k, n).proportion_ci(method='wilson')) if n else (math.nan, math.nan)
-
 def stability(values:dict,  # {seed: value} of the runs that came to their end
               failed=(),    # seeds that did not
               lower_is_better=True)->dict:
