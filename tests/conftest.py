@@ -1,33 +1,24 @@
 "Shared by the tests: a toy project in a temporary folder, and the command line as a user calls it."
 import contextlib, io, os, subprocess, sys, time
 from pathlib import Path
-import nbformat, pytest
+import pytest
+from vae_nb.studies.runner import toy_experiment, toy_project, write_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
-
-def notebook(*cells):
-    "A notebook of Markdown (strings that start with #) and code cells; the first code cell holds the parameters."
-    made, tags = [], dict(tags=['parameters'])
-    for c in cells:
-        if c.startswith('#'): made.append(nbformat.v4.new_markdown_cell(c))
-        else: made.append(nbformat.v4.new_code_cell(c, metadata=tags)); tags = {}
-    for i, c in enumerate(made): c['id'] = f'cell{i}'
-    return nbformat.v4.new_notebook(cells=made, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
 
 class Project:
     "A toy project: settings, experiments, and `vae-nb` run inside it."
     def __init__(self, root):
-        self.root = root; (root/'experiments').mkdir(); (root/'nbs').mkdir()
-        (root/'settings.ini').write_text((ROOT/'settings.ini').read_text())
+        self.root = toy_project(root); (self.root/'nbs').mkdir()
 
     def experiment(self, name, *cells, params='', profiles='  quick: {}\n', opened=True):
         "An experiment; with `opened=False` it only knows its folder, `path`, and starts quickly because torch is not imported."
-        head = f"profile: str = 'quick'  # profile\nseed: int = 0  # random seed\n{params}"
-        start = (f"from vae_nb.runs import open_run\nrun = open_run({name!r}, globals())" if opened else
-                 "import os, pathlib, signal, time\npath = pathlib.Path(os.environ['VAE_NB_RUN'])")
-        nb = notebook('# Toy', head, start, *cells)
-        nbformat.write(nb, self.root/'experiments'/f'{name}.ipynb')
-        (self.root/'experiments'/f'{name}.yaml').write_text(f'profiles:\n{profiles}')
+        if opened: path = toy_experiment(self.root, *cells, name=name, params=params)
+        else:
+            head = f"profile: str = 'quick'\nseed: int = 0\n{params}"
+            start = "import os, pathlib, signal, time\npath = pathlib.Path(os.environ['VAE_NB_RUN'])"
+            path = write_notebook(self.root/'experiments'/f'{name}.ipynb', '# Toy', head, start, *cells)
+        path.with_suffix('.yaml').write_text(f'profiles:\n{profiles}')
 
     def env(self):
         return {k: v for k, v in os.environ.items() if k != 'VAE_NB_RUN'} | dict(OMP_NUM_THREADS='1', NO_COLOR='1', COLUMNS='120')

@@ -2,7 +2,7 @@
 import json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest, yaml
-from conftest import ROOT, Project, kernels, wait_for
+from conftest import Project, kernels, wait_for
 from vae_nb.core import UserError
 from vae_nb.runs import run_key
 from vae_nb.studies import clusters
@@ -16,7 +16,7 @@ from vae_nb.studies.store import Store
 class Study:
     "A store and the jobs of a toy experiment: it waits so long, then fails if it is told to."
     def __init__(self, root):
-        self.root = root; p = Project(root); (root/'vae_nb').symlink_to(ROOT/'vae_nb')
+        self.root = root; p = Project(root)
         p.experiment('toy', "import os, time\nend = time.time() + wait\nwhile time.time() < end: time.sleep(.05)",
                      "if fail: raise ValueError('no data')",
                      "run.finish(nelbo=70. + seed, cards=os.environ.get('CUDA_VISIBLE_DEVICES', '-'))",

@@ -45,6 +45,9 @@ def toy(project):
     project.experiment('toy', 'run.finish()', profiles='  quick: {}\n  full: {}\n'); page(project)
     return project
 
+def edit_package(project):
+    package = project.root/'vae_nb'; package.unlink(); package.mkdir(); (package/'edited.py').write_text('')
+
 def snapshot(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file()}
 
 def test_twice_the_same_bytes_and_nothing_else_touched(toy):
@@ -85,7 +88,7 @@ def test_older_code_is_marked_and_strict_refuses_it(toy):
     dest = promote(make_run(toy)); report(pdf=False)
     assert 'code has changed' not in (toy.root/'README.md').read_text()
     report(pdf=False, strict=True)
-    (toy.root/'vae_nb').mkdir(); (toy.root/'vae_nb'/'edited.py').write_text('')
+    edit_package(toy)
     report(pdf=False); text = (toy.root/'README.md').read_text()
     assert text.count('code has changed since') == 2 and '97.5%' in text        # table and figure, still shown
     assert f'toy/{dest.name}' in one_sentence(toy('report', '--strict'))
@@ -99,7 +102,7 @@ def test_a_trial_is_marked_wherever_it_is_shown(toy):
 
 def test_newer_run_of_the_same_command_replaces_the_older(toy):
     first, other = promote(make_run(toy)), promote(make_run(toy, seed=1))
-    (toy.root/'vae_nb').mkdir(); (toy.root/'vae_nb'/'edited.py').write_text('')
+    edit_package(toy)
     second = promote(make_run(toy))
     assert first != second and {r['path'].name for r in read_promoted()} == {second.name, other.name}
     assert {p.name for p in (toy.root/'figures'/'toy').iterdir()} == {second.name, other.name}

@@ -4,11 +4,12 @@ import urllib.error, urllib.request
 from urllib.parse import quote
 
 import nbformat, pytest
-from conftest import ROOT, notebook, wait_for
+from conftest import ROOT, wait_for
 from test_browser import lab         # noqa: F401
 from vae_nb.core import UserError
 from vae_nb.reporting.report import find_chromium
 from vae_nb.studies import service
+from vae_nb.studies.runner import write_notebook
 from vae_nb.studies.spec import Job
 from vae_nb.studies.store import Store
 
@@ -488,7 +489,7 @@ class TestLab:
         t = Toy(tmp_path/'copy'); t.done('plain', 0, 70.5); t.failed('focal', 0); t.notebook('focal', 0, 'run.failed.ipynb')
         show = f"from vae_nb.studies.widget import show_matrix\nshow_matrix('toy', {str(t.file)!r}, {str(t.runs)!r})"
         wait = "from pathlib import Path\nimport time\nwhile not Path('go').exists(): time.sleep(.1)"
-        nbformat.write(notebook('# Matrix', show, wait), tmp_path/'copy'/'matrix.ipynb')
+        write_notebook(tmp_path/'copy'/'matrix.ipynb', '# Matrix', show, wait)
         with browsing(height=1300) as page:
             page.goto(f'{lab}/lab/tree/matrix.ipynb?reset')
             page.get_by_text('| Idle').wait_for(timeout=60_000)                                         # before that, Run All is dropped

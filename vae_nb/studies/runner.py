@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['unfinished_cells', 'RunStatus', 'run_status', 'Stopper', 'stop_on_signals', 'section_titles', 'last_signal',
-           'training_share', 'Progress', 'Lines', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook']
+           'training_share', 'Progress', 'Lines', 'KernelStartError', 'RunFailed', 'find_notebook', 'run_notebook',
+           'write_notebook', 'toy_project', 'toy_experiment']
 
 # %% ../../nbs/60_runner.ipynb #edd38fee
 import contextlib, fcntl, json, os, shutil, signal, sys, tempfile, threading, time
@@ -370,3 +371,29 @@ def _without_paths(nb, notebook):
         if k in meta: meta[k] = v
     text, root = json.dumps(nb, ensure_ascii=False), load_settings().root
     return json.loads(text.replace(f'{root}/', '').replace(f'{Path.home()}/', '~/'))
+
+# %% ../../nbs/60_runner.ipynb #96d8d986
+def write_notebook(path, *cells)->Path:
+    "Write a notebook at `path`; texts that start with # become Markdown, the others code, of which the first is tagged `parameters`."
+    made, tags = [], dict(tags=['parameters'])
+    for i, c in enumerate(cells):
+        if c.startswith('#'): made.append(nbformat.v4.new_markdown_cell(c, id=f'cell{i}'))
+        else: made.append(nbformat.v4.new_code_cell(c, id=f'cell{i}', metadata=tags)); tags = {}
+    kernel = dict(name='python3', display_name='python3', language='python')
+    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=dict(kernelspec=kernel)), path); return Path(path)
+
+# %% ../../nbs/60_runner.ipynb #1c93fd55
+def toy_project(folder)->Path: # the folder, resolved
+    "Make a project in an existing `folder`: the settings of this one, a link to its package, and experiments/, which is empty."
+    root, here = Path(folder).resolve(), load_settings().root; (root/'experiments').mkdir()
+    (root/'settings.ini').write_text((here/'settings.ini').read_text()); (root/'vae_nb').symlink_to(here/'vae_nb'); return root
+
+def toy_experiment(root,       # of the project
+                   *cells,     # what it does once its run is open, as for `write_notebook`
+                   name='toy', # of the experiment
+                   params=''   # lines that declare parameters besides `profile` and `seed`
+                  )->Path:     # experiments/NAME.ipynb
+    "Write an experiment: its parameters, a cell that opens its run, then `cells`."
+    head = f"profile: str = 'quick'  # profile\nseed: int = 0  # random seed\n{params}".rstrip()
+    start = f"from vae_nb.runs import open_run\nrun = open_run({name!r}, globals())"
+    return write_notebook(Path(root)/'experiments'/f'{name}.ipynb', '# Toy', head, start, *cells)
