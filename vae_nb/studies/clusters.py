@@ -9,13 +9,12 @@ __all__ = ['start_line', 'sky_fields', 'sky_resources', 'dispatchers', 'across_m
 # %% ../../nbs/67_clusters.ipynb #5fe5a7e9
 import contextlib, inspect, json, math, os, re, secrets, shlex, shutil, signal, sqlite3, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 # %% ../../nbs/67_clusters.ipynb #a7bedf76
 import yaml
 from fastcore.basics import patch
-from ..core import UserError, atomic_write, check_choice, load_settings, nearest, plural
+from ..core import UserError, atomic_write, check_choice, nearest, plural
 from .dispatch import (Engine, LocalDispatcher, end_job, job_env, kill_all, machine_cpus, machine_gpus, processes,
                                      worker_processes)
 from .runner import find_notebook
