@@ -170,7 +170,8 @@ function drawPanel(v, act) {
     started: r.started ? new Date(1000*r.started).toLocaleString() : '', attempts: r.attempts > 1 ? String(r.attempts) : '',
     run: `${r.notebook}/${r.key}`};
   const now = JSON.stringify([v.chosen, facts, log, link]); if (v.panelShows === now) return; v.panelShows = now;
-  const silent = !r.attempts ? NOT_YET[r.state] || '' : log ? '(nothing was printed)' : 'Reading the log …';
+  const silent = !r.attempts ? NOT_YET[r.state] || '' : r.state === 'pending' ? '(not started again yet)'
+    : log ? '(nothing was printed)' : 'Reading the log …';
   const text = log?.text || silent, old = v.panel.querySelector('pre');
   const down = !old || old.scrollTop + old.clientHeight >= old.scrollHeight - 4, had = v.panel.contains(document.activeElement);
   const close = h('button', {class: 'close', type: 'button', title: 'Close (Escape)', 'aria-label': 'Close',
@@ -388,8 +389,9 @@ border:0;font-variant-numeric:tabular-nums;max-width:none}
 .vnb-still table tr.r th:first-child{text-align:left}
 .vnb-still table tr.r td.c{padding:2px 0;width:22px;min-width:22px;text-align:center;font-weight:600;border:1px solid rgba(128,128,128,.35)}
 .vnb-still table thead tr.r th{opacity:.7}.vnb-still table.m thead tr.r th+th{padding:0;text-align:center}
-.vnb-still p{margin:2px 0;opacity:.8}.vnb-still span.k{margin-right:14px}.vnb-still svg{display:block}
-.vnb-still p.l{font-size:12px;margin:-4px 0 12px}
+.vnb-still p{margin:2px 0;opacity:.8}.vnb-still span.k{margin-right:14px;display:inline-block;white-space:nowrap}
+.vnb-still svg{display:block}
+.vnb-still p.l{font-size:12px;margin:-4px 0 12px;opacity:1}
 .vnb-still span.c{display:inline-block;width:18px;text-align:center;border-radius:3px;font-weight:600;margin-right:4px;
 border:1px solid rgba(128,128,128,.35)}
 """ + ''.join(f'.vnb-still .c.{s}{{background:{fill}!important;color:{ink}}}' for s, (_, fill, ink) in LOOKS.items()) + '</style>'
@@ -460,7 +462,7 @@ def matrix_html(overview:dict, stats:dict)->str: # as from `vae_nb.studies.resul
     o, e = overview, html.escape
     counts = ''.join(f'<span class="k"><span class="c {s}">{sign}</span>{o["counts"][s]} {s}</span>'
                      for s, (sign, *_) in LOOKS.items() if o['counts'].get(s))
-    legend = ' '.join(f'<span class="k"><span class="c {s}">{LOOKS[s][0]}</span>{s}: {x}</span>' for s, x in MEANS.items())
+    legend = ' '.join(f'<span class="k"><span class="c {s}">{LOOKS[s][0]}</span> {s}: {x}</span>' for s, x in MEANS.items())
     better = f"{e(stats['metric'])}, {'lower' if stats['lower_is_better'] else 'higher'} is better"
     question = f"<p>{e(o['question'])}</p>" if o['question'] else ''
     return (f'<div class="vnb-still">{_STILL}<strong>{e(o["study"])}</strong>{question}<div>{counts}</div>{_still_matrix(o)}'
