@@ -440,6 +440,9 @@ class TestPage:
             a = toy.store.claim(toy.keys['plain', 1]); expect(log).to_have_text('(nothing was printed)', timeout=30_000)
             toy.store.finish(a, 'cancelled'); expect(log).to_have_text('(not started again yet)', timeout=30_000)
             page.locator('button.s-cancelled').click(); expect(log).to_have_text('(called off before it started)'); assert not page.wrong
+            out = toy.root/'secret'; out.mkdir(); (toy.runs/'toy').mkdir(exist_ok=True)
+            folder = toy.folder('plain', 0); shutil.rmtree(folder, ignore_errors=True); folder.symlink_to(out)    # no log may be shown
+            page.get_by_role('button', name='plain, seed 0: ').click(); expect(log).to_contain_text('outside')
 
     def test_keys_reach_every_cell(self, toy, site):
         with browsing() as page:

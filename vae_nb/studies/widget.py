@@ -339,7 +339,12 @@ export async function page(body) {
       do {
         again = false; const from = study, which = asked;
         try { const found = await get(path()); if (from === study && (name !== 'log' || which === asked)) show({[name]: found, note: ''}); }
-        catch (e) { if (from === study) show({note: e instanceof TypeError ? 'The service does not answer; trying again.' : e.message}); }
+        catch (e) {
+          if (from !== study) continue;
+          if (e instanceof TypeError) show({note: 'The service does not answer; trying again.'});
+          else if (name === 'log' && which) show({log: {key: which, text: `(${e.message})`, params: {}}});
+          else show({note: e.message});
+        }
       } while (again);
       busy = false;
     };
