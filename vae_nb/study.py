@@ -12,7 +12,7 @@ import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 
 # %% ../nbs/95_study.ipynb #1c96c598
-from .core import UserError, check_choice, load_settings, plural, read_json
+from .core import UserError, check_choice, load_settings, plural, project_path, read_json
 from .runs import load_profiles, markdown_table, notebook_parameters
 from .studies.clusters import make_dispatcher
 from .studies.dispatch import RoutingDispatcher, machine_cpus, machine_gpus, split
@@ -40,7 +40,7 @@ class Study:
 
     def describe(self):
         "Keep what the page says now (claims, margin, question). Raises `UserError` where another page has the same name."
-        path = str(_short(self.path)); other = self.store.description(self.name).get('path', path)
+        path = str(project_path(self.path)); other = self.store.description(self.name).get('path', path)
         if other != path and (load_settings().root/other).exists():
             raise UserError(f"{other} is a study called {self.spec.study} too, and they would share their cells: rename one of them.")
         self.store.describe(self.name, describe(self.spec, path))
@@ -53,11 +53,7 @@ class Study:
         "What a person types."
         size = f' --profile {self.spec.size}' if self.spec.size else ''
         phase = '' if self.phase == next(iter(self.spec.seeds)) else f' --phase {self.phase}'
-        return f'vae-nb study {_short(self.path)} {action}{size}{phase}'
-
-def _short(path):
-    path, root = Path(path).resolve(), load_settings().root
-    return path.relative_to(root) if path.is_relative_to(root) else path
+        return f'vae-nb study {project_path(self.path)} {action}{size}{phase}'
 
 # %% ../nbs/95_study.ipynb #4d32832e
 def planned(study:Study)->list: # of `RunInfo`
@@ -171,7 +167,7 @@ def status_text(study:Study, rows=None)->str:
     "The matrix, the counts, and every failure with its reason."
     rows = study.rows() if rows is None else rows; out = [markdown_table(matrix_rows(rows)), '', legend(rows)]
     for r in rows:
-        if r.state == 'failed': out.append(f'✗ {r.configuration}, seed {r.seed}: {r.reason} (log: {_short(r.folder)}/run.log)')
+        if r.state == 'failed': out.append(f'✗ {r.configuration}, seed {r.seed}: {r.reason} (log: {project_path(r.folder)}/run.log)')
         if r.state == 'stale':
             out.append(f'? {r.configuration}, seed {r.seed}: no sign of life from {r.owner} for {time.time() - r.beat:.0f} s')
     stuck = blocked(rows)
@@ -294,7 +290,7 @@ def report_study(study:Study, show=True)->Path: # the run folder
     "Execute experiments/validation.ipynb on what is there. Nothing is trained."
     if not study.file.exists() or study.name not in study.store.studies():
         raise UserError(f"Nothing of {study.name} has been run yet: `{study.command('run')}` comes first.")
-    study.describe(); nb = find_notebook('validation'); spec = str(_short(study.path)); size = study.spec.size
+    study.describe(); nb = find_notebook('validation'); spec = str(project_path(study.path)); size = study.spec.size
     own = spec == notebook_parameters(nb)['spec']['default']
     phase = {} if study.phase == next(iter(study.spec.seeds)) else dict(phase=study.phase)
     if own and at_end(study.rows()): return run_notebook(nb, size, params=phase, again=True, show=show)     # as `vae-nb run` would
@@ -342,12 +338,12 @@ def study(spec,         # YAML of the study
     "Plan, run, watch and report a study."
     check_choice('Action', action, ACTIONS)
     if jobs is not None and jobs < 1: raise UserError(f"--jobs {jobs} must be at least 1.")
-    if action == 'fetch': print(_short(fetch_original(spec, profile))); return 0
+    if action == 'fetch': print(project_path(fetch_original(spec, profile))); return 0
     s = Study(spec, profile, phase)
     if action == 'plan': print(plan_text(s, Slots(machine_cpus(), (1.,)*len(machine_gpus())))); return 0
     if action == 'run': return _tell(s, run_study(s, on, jobs))
     if action == 'report':
-        folder = report_study(s); print(_short(folder)); print(f'The executive summary: {_short(folder)}/summary.md', file=sys.stderr)
+        folder = project_path(report_study(s)); print(folder); print(f'The executive summary: {folder}/summary.md', file=sys.stderr)
         if wandb: _mirror(s, wandb)
         return 0
     if not s.file.exists() or s.name not in s.store.studies():
