@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['quick_notebooks', 'UserError', 'nearest', 'check_choice', 'plural', 'without_modules', 'wilson', 'allowed', 'invalid',
-           'Settings', 'load_settings', 'check_seed', 'derive_seed', 'new_generator', 'seed_everything', 'pick_device',
-           'atomic_write', 'to_jsonable', 'write_json', 'read_json', 'hash_text', 'hash_notebook', 'hash_package',
-           'git_state', 'hardware', 'versions', 'provenance', 'utc_now']
+           'Settings', 'load_settings', 'project_path', 'check_seed', 'derive_seed', 'new_generator', 'seed_everything',
+           'pick_device', 'atomic_write', 'to_jsonable', 'write_json', 'read_json', 'hash_text', 'hash_notebook',
+           'hash_package', 'git_state', 'hardware', 'versions', 'provenance', 'utc_now']
 
 # %% ../nbs/00_core.ipynb #aaf2cd6d
 import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, platform, random, subprocess, sys, tempfile, time
@@ -127,6 +127,12 @@ def load_settings(start=None # folder to look upward from; default: the current 
     except (configparser.Error, ValueError) as e: raise UserError(f"{root/'settings.ini'} cannot be read: {e}.") from None
     if os.environ.get('VAE_NB_DATA'): paths['data'] = Path(os.environ['VAE_NB_DATA']).expanduser().resolve()
     return Settings(root=root, seed=seed, profile=profile, **paths)
+
+# %% ../nbs/00_core.ipynb #1f31161a
+def project_path(path)->Path:
+    "A path as it is printed: relative to the project's folder if it lies inside, absolute elsewhere."
+    path, root = Path(path).resolve(), load_settings().root
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 # %% ../nbs/00_core.ipynb #64b7f70c
 def check_seed(seed:int)->int:

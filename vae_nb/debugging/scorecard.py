@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, torch
 
 # %% ../../nbs/54_scorecard.ipynb #576b132d
-from ..core import hash_text, load_settings, read_json, wilson, write_json
+from ..core import hash_text, load_settings, project_path, read_json, wilson, write_json
 from ..data.datasets import save_dataset
 from .diagnoses import DIAGNOSES, LIMITS, diagnose
 from .faults import FAULTS, PAIRS, get_fault, healthy, plant, plant_pair, world_data
@@ -76,9 +76,9 @@ def all_cases(seeds,          # random seeds
 # %% ../../nbs/54_scorecard.ipynb #ab4aed13
 def grids_file()->str: # relative to the project's folder
     "The grids of all cases as a file, written if it is not there yet."
-    s = load_settings(); path = s.runs/'data'/'faults_grids.npz'
+    path = load_settings().runs/'data'/'faults_grids.npz'
     if not path.exists(): save_dataset(path, world_data(healthy('grids')))
-    return str(path.relative_to(s.root) if path.is_relative_to(s.root) else path)
+    return str(project_path(path))
 
 def case_config(case:Case, **changes):
     "The healthy configuration a case starts from; `changes` shorten it for tests."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/60_runner.ipynb #51b11504
-from ..core import UserError, load_settings, nearest, quick_notebooks, read_json, utc_now, write_json
+from ..core import UserError, load_settings, nearest, project_path, quick_notebooks, read_json, utc_now, write_json
 from ..runs import lock_path, lock_run, read_run, repeat_command, resolve_params, run_key, short_name
 
 # %% ../../nbs/60_runner.ipynb #23db987c
@@ -306,7 +306,7 @@ def _swap(new, old):
 
 # %% ../../nbs/60_runner.ipynb #b7400601
 def _execute(notebook, params, key, path, lock, timeout, show, watch=None):
-    path.mkdir(parents=True, exist_ok=True); s = load_settings()
+    path.mkdir(parents=True, exist_ok=True)
     for old in ('metrics.json', 'failure.json', 'run.ipynb', 'run.failed.ipynb', 'run.running.ipynb'): (path/old).unlink(missing_ok=True)
     config = dict(name=notebook.stem, key=key, profile=params['profile'], seed=params['seed'], params=params)
     write_json(path/'config.json', config)     # what `open_run` will write too, so that a run that fails before is still a run
@@ -314,23 +314,21 @@ def _execute(notebook, params, key, path, lock, timeout, show, watch=None):
     def watched(share, text):
         if watch and watch(share) is False and stop.reason is None: stop('interrupted')
     progress = Progress(nb, path, show, watch=watched)
-    if show: print(f"{repeat_command(notebook, params)}\n  -> {_short(path, s)}", file=sys.stderr)
+    if show: print(f"{repeat_command(notebook, params)}\n  -> {project_path(path)}", file=sys.stderr)
     try:
         with stop_on_signals(stop):
             if timeout: stop.after(timeout, stop, 'timeout')
             papermill.execute_notebook(notebook, running, params, engine_name='vae_nb', kernel_name='python3', language='python',
-                                       cwd=s.root, progress_bar=False, stop=stop, progress=progress, lock=lock,
+                                       cwd=load_settings().root, progress_bar=False, stop=stop, progress=progress, lock=lock,
                                        env=os.environ | dict(VAE_NB_RUN=str(path), VAE_NB_SEED=str(params['seed'])))
         failure = _verdict(path, running, key, params['seed'])
     except (Exception, KeyboardInterrupt) as e: failure = _explain(e, stop, timeout)
     finally: stop.close(); progress.close()
     if failure: _fail(path, running, notebook, *failure)
     write_json(running, _without_paths(read_json(running, 'executed notebook'), notebook)); os.replace(running, path/'run.ipynb')
-    if show: print(f"{notebook.stem}/{key} is complete: {_short(path, s)}", file=sys.stderr)
+    if show: print(f"{notebook.stem}/{key} is complete: {project_path(path)}", file=sys.stderr)
 
 # %% ../../nbs/60_runner.ipynb #200441fa
-def _short(path, s): return path.relative_to(s.root) if path.is_relative_to(s.root) else path
-
 def _verdict(path, running, key, seed):
     "None if the run finished, else (reason, message)."
     bad = unfinished_cells(read_json(running, 'executed notebook'))
