@@ -119,6 +119,7 @@ def add(self:Store, jobs,
     return new
 Store.add = add
 
+# %% ../../nbs/63_store.ipynb #4d75df78
 def cells(self:Store, study, now=None)->list:
     "The cells of a study in the order of its plan: the job's fields, its `state`, number of `attempts`, `reason` and `progress`."
     found = self.rows("""select s.study, s.configuration, s.phase, s.position, j.*, a.id, a.owner, a.started, a.beat, a.lease, a.ended,
@@ -311,6 +312,7 @@ class RunInfo:
     @property
     def folder(self): return Path(load_settings().runs)/self.notebook/self.key
 
+# %% ../../nbs/63_store.ipynb #27a4ebc5
 def runs(self:Store, study, phase='', now=None)->list: # of `RunInfo`
     "The cells of a study, up to and including `phase` ('': all)."
     found = [RunInfo.of(r) for r in self.cells(study, now)]

@@ -97,6 +97,21 @@ def _outcome(job, folder, heart, stop)->dict: # what `Store.finish` is to be tol
         return say('failed', FAILED, f'{what}: {e}', log=log_tail(folder))
     finally: stop.hold()
 
+def _seconds(folder, own):
+    "What the run took in all: if it was complete already, its own record knows."
+    with contextlib.suppress(UserError): return max(own, read_json(Path(folder)/'provenance.json', 'provenance').get('seconds') or 0.)
+    return own
+
+# %% ../../nbs/65_worker.ipynb #07e21b18
+def _insist(f, *args, wait=30., **kw):
+    "Call `f` until it succeeds: the disk may be full for a moment. Raises what it raised after `wait` seconds."
+    end = time.time() + wait
+    while True:
+        try: return f(*args, **kw)
+        except UserError:
+            if time.time() > end: raise
+            time.sleep(1)
+
 def work(store, key, lease=60., owner='', stop=None)->int: # exit code
     "Do the job `key`."
     stop = stop or Stop(); stop.hold(); job = store.job(key); attempt = store.claim(key, owner, lease)
@@ -108,20 +123,6 @@ def work(store, key, lease=60., owner='', stop=None)->int: # exit code
     try: _insist(store.finish, attempt, **found)
     finally: heart.stop()
     return found['exit_code']
-
-def _seconds(folder, own):
-    "What the run took in all: if it was complete already, its own record knows."
-    with contextlib.suppress(UserError): return max(own, read_json(Path(folder)/'provenance.json', 'provenance').get('seconds') or 0.)
-    return own
-
-def _insist(f, *args, wait=30., **kw):
-    "Call `f` until it succeeds: the disk may be full for a moment. Raises what it raised after `wait` seconds."
-    end = time.time() + wait
-    while True:
-        try: return f(*args, **kw)
-        except UserError:
-            if time.time() > end: raise
-            time.sleep(1)
 
 # %% ../../nbs/65_worker.ipynb #618fcc01
 def worker_argv(store, key, lease=60., parent=None)->list:
