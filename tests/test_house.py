@@ -1,5 +1,5 @@
 "What holds the house together: settings that agree, notebooks that are small and clean, a package that is what they export."
-import json, re, subprocess, tempfile, tomllib
+import ast, json, re, subprocess, tempfile, tomllib
 from pathlib import Path
 import pytest
 from conftest import ROOT
@@ -76,3 +76,13 @@ def test_no_saved_text_names_a_folder_of_this_machine():
         p = ROOT/f
         if p.suffix in ('.ipynb', '.md', '.html', '.json') and p.exists():
             found = here.search(p.read_text()); assert not found, f'{f}: {found}'
+
+def test_nothing_is_defined_twice():
+    "Neither at the top of a module nor, by `@patch`, in a class."
+    for name in exports():
+        seen = set()
+        for f in ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text()).body:
+            if not isinstance(f, (ast.FunctionDef, ast.ClassDef)): continue
+            patched = any(isinstance(d, ast.Name) and d.id == 'patch' for d in f.decorator_list)
+            what = f'{ast.unparse(f.args.args[0].annotation)}.{f.name}' if patched else f.name
+            assert what not in seen, f'{name} defines {what} twice'; seen.add(what)
