@@ -1,6 +1,7 @@
 "Studies on Ray, Slurm and SkyPilot: real engines on loopback where they are installed; what their death leaves behind."
 import json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, yaml
 from conftest import Project, kernels, wait_for
 from vae_nb.core import UserError
@@ -260,6 +261,17 @@ def test_slurm_that_is_silent(place, slurm, monkeypatch):
     assert s.slots().cpus == 0 and time.time() - t < 40
     s.patience = 0.
     with pytest.raises(UserError, match="controller does not answer"): s.slots()
+
+def test_memory_that_ran_out_before_the_claim_counts_as_a_loss(place):
+    class RayError(Exception): pass
+    class OutOfMemoryError(RayError): pass
+    class TaskCancelledError(RayError): pass
+    def get(ref): raise OutOfMemoryError
+    d, j = RayDispatcher(place.store, gpus=[]), place.job(33)
+    d.ray = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get, exceptions=SimpleNamespace(
+        RayError=RayError, OutOfMemoryError=OutOfMemoryError, TaskCancelledError=TaskCancelledError))
+    for h in '123': d.refs = {h: h}; d.keep(h, j, d.mark(j)); assert d.poll([h])[h] == 'lost Ray ended it because memory ran out'
+    assert place.outcomes(j) == ['lost', 'lost', 'failed']                           # not round for ever
 
 # ---- SkyPilot: its page against its own reader, its program played by another ----
 def test_sky_reads_the_task(place):

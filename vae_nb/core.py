@@ -131,7 +131,7 @@ def load_settings(start=None # folder to look upward from; default: the current 
 # %% ../nbs/00_core.ipynb #1f31161a
 def project_path(path)->Path:
     "A path as it is printed: relative to the project's folder if it lies inside, absolute elsewhere."
-    path, root = Path(path).resolve(), load_settings().root
+    path, root = Path(os.path.abspath(path)), load_settings().root        # links are not followed
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 # %% ../nbs/00_core.ipynb #64b7f70c

@@ -288,7 +288,7 @@ def run_study(study:Study, on='local', jobs=None, show=True)->list: # rows
         if why := unfit(mine, part.slots(whole=True)): d.close(); raise UserError(why)
     try: return run_jobs(study, d, jobs, show)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Stopped: {legend(study.rows())}. What ran has been given back; "
+        raise KeyboardInterrupt(f"Stopped: {legend(study.rows())}. What ran here was given back, what waits in a queue stays there; "
                                 f"`{study.command('run')}` goes on.") from None
 
 def report_study(study:Study, show=True)->Path: # the run folder

@@ -170,7 +170,7 @@ def _look(self:RayDispatcher, h):
     except ray.exceptions.OutOfMemoryError: why = 'Ray ended it because memory ran out'
     except ray.exceptions.RayError as e: why = f'its Ray process died ({type(e).__name__})'
     if worker_processes(self.store.path, job.key): return 'running'         # it was told, and is about to give the job back
-    if 'memory' in why: self.before[h] = last['id'] if last else 0    # it counts as lost, although the worker gave the job back
+    if 'memory' in why and last: self.before[h] = last['id']    # it counts as lost, although the worker gave the job back
     return self.ended(h, None, why)
 
 # %% ../../nbs/67_clusters.ipynb #f860bc74
@@ -309,11 +309,11 @@ def nodes(self:SlurmDispatcher):
 # %% ../../nbs/67_clusters.ipynb #ed9c922e
 @patch
 def submit(self:SlurmDispatcher, job)->str:
-    find_notebook(job.notebook); p, mark = self.plan(job), self.mark(job)
+    find_notebook(job.notebook); p, mark, own = self.plan(job), self.mark(job), self.mark(job, found=True)
     found = self.ask('squeue', '--me', '--noheader', f'--name={self.label(job)}', '--format=%i',
                      '--states=PENDING,CONFIGURING,RUNNING,SUSPENDED')
     if found.split():
-        h = found.split()[0]; return h if h in self.jobs else self.keep(h, job, self.mark(job, found=True))
+        h = found.split()[0]; return h if h in self.jobs else self.keep(h, job, own)
     if self.known is None:
         self.known = {n['host'] for n in self.nodes() or []}
         if self.known - {this_host()}: across_machines(self.store)
@@ -460,8 +460,8 @@ def states(self:SkypilotDispatcher)->dict: # {name: status of the newest managed
 
 @patch
 def submit(self:SkypilotDispatcher, job)->str:
-    find_notebook(job.notebook); p = self.plan(job); h = self.label(job); mark = self.mark(job)
-    if self.states().get(h) in (*_sky_waiting, *_sky_going): return h if h in self.jobs else self.keep(h, job, self.mark(job, found=True))
+    find_notebook(job.notebook); p, h = self.plan(job), self.label(job); mark, own = self.mark(job), self.mark(job, found=True)
+    if self.states().get(h) in (*_sky_waiting, *_sky_going): return h if h in self.jobs else self.keep(h, job, own)
     across_machines(self.store)
     with atomic_write(p['file'], 'w') as f: f.write(p['yaml'])
     self.ask(*p['argv']); return self.keep(h, job, mark)

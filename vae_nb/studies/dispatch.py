@@ -96,8 +96,8 @@ class Engine:
 
     def owner(self, job)->str: # host and process, as the worker says them; '' before it started
         with contextlib.suppress(OSError):
-            for line in self.log(job).read_text(errors='replace').splitlines():
-                if line.startswith('owner '): return line.split(' ', 1)[1]
+            said = [l for l in self.log(job).read_text(errors='replace').splitlines() if l.startswith('owner ')]
+            return said[-1].split(' ', 1)[1] if said else ''                # an engine may have started it twice
         return ''
 
     def said(self, job)->str:
@@ -110,7 +110,8 @@ class Engine:
     def last(self, job): return (self.store.attempts(job.key) or [None])[-1]
 
     def begun(self, h): # the attempt of this handle, if its worker has claimed the job
-        a = self.last(self.jobs[h]); return a if a is not None and a['id'] > self.before[h] else None
+        job = self.jobs[h]; a, owner = self.last(job), self.owner(job)
+        return a if a is not None and a['id'] > self.before[h] and owner in ('', a['owner']) else None
 
     def mark(self, job, found=False)->int:
         "Number of the newest attempt that is not this handle's. A handle that was `found` at work has begun the open one."
@@ -125,15 +126,24 @@ class Engine:
 
 # %% ../../nbs/66_dispatch.ipynb #a8e53c33
 @patch
+def clean(self:Engine, job, owner):
+    "Kill what a job left on this machine, unless somebody else is at it by now."
+    last = self.last(job); others = last is not None and last['ended'] is None and last['owner'] != owner
+    if owner.rsplit(':', 1)[0] == this_host() and not others: self.end(job)
+
+@patch
+def end(self:Engine, job): end_job(self.store.path, job.key, job.folder)
+
+@patch
 def ended(self:Engine, h, code=None, why='')->str:
     "The last word on a handle, and what the store must know of it."
-    job = self.jobs[h]; owner = self.owner(job) or f'{self.name}:{h}'
-    if code in (DONE, FAILED) and not self.begun(h): why = f'exit code {code} without having begun'
+    job = self.jobs[h]; owner, begun = self.owner(job) or f'{self.name}:{h}', self.begun(h)
+    if code in (DONE, FAILED) and not begun: why = f'exit code {code} without having begun'
+    if code in exit_words and code != NO_STORE and begun and begun['ended'] is None: why = f'exit code {code} in the middle'
     word = f'ended {exit_words[code]}' if code in exit_words and not why else f"lost {why or f'exit code {code}'}"
     if word.startswith('lost') or code == NO_STORE:
-        last = self.last(job); others = last is not None and last['ended'] is None and last['owner'] != owner
-        if owner.rsplit(':', 1)[0] == this_host() and not others: end_job(self.store.path, job.key, job.folder)
-        said = self.said(job); reason = f"the worker ended: {word.split(' ', 1)[1]}" + (f' ({said})' if said else '')
+        self.clean(job, owner); said = self.said(job)
+        reason = f"the worker ended: {word.split(' ', 1)[1]}" + (f' ({said})' if said else '')
         record_loss(self.store, job.key, owner, reason, code, self.before[h])
     self.words[h] = word; return word
 
@@ -151,7 +161,7 @@ class LocalDispatcher(Engine):
     name = 'local'
     def __init__(self, store, cpus=None, gpus=None, # None: all there are
                  lease=60.):
-        super().__init__(store, lease); self.children, self.used, self.owners = {}, {}, {}
+        super().__init__(store, lease); self.children, self.used, self.owners, self.asked = {}, {}, {}, set()
         self.cpus, self.gpus = cpus or machine_cpus(), machine_gpus() if gpus is None else list(gpus)
 
     def owner(self, job)->str: return self.owners.get(job.key, '')
@@ -170,7 +180,7 @@ class LocalDispatcher(Engine):
         return Slots(max(0, cpus), tuple(gpus))
 
     def plan(self, job, cards=())->dict:
-        env = job_env(job, [self.gpus[i] for i in cards] if self.gpus else None)
+        env = job_env(job, [self.gpus[i] for i in cards])
         return dict(argv=worker_argv(self.store.path, job.key, self.lease, os.getpid()), env=env)
 
 # %% ../../nbs/66_dispatch.ipynb #e198a401
@@ -178,7 +188,7 @@ class LocalDispatcher(Engine):
 def submit(self:LocalDispatcher, job)->str:
     find_notebook(job.notebook)
     for h in self.active():
-        if self.jobs[h].key == job.key and self.children[h].poll() is None: return h
+        if self.jobs[h].key == job.key and self.poll([h])[h] == 'running': return h
     cards = self.slots().cards(job.gpus)
     if cards is None: raise UserError(f"There is no card free for {job.configuration}, seed {job.seed}.")
     p, mark = self.plan(job, cards), self.mark(job); self.logs.mkdir(parents=True, exist_ok=True)
@@ -192,15 +202,21 @@ def submit(self:LocalDispatcher, job)->str:
 def _look(self:LocalDispatcher, h):
     code = self.children[h].poll()
     if code is None: return 'running'
-    self.used.pop(h, None); return self.ended(h, code, f'killed by {signal.Signals(-code).name}' if code < 0 else '')
+    self.used.pop(h, None)
+    if h in self.asked and code == -signal.SIGTERM and not self.begun(h): return self.stopped(h)      # before it could say so itself
+    return self.ended(h, code, f'killed by {signal.Signals(-code).name}' if code < 0 else '')
 
 # %% ../../nbs/66_dispatch.ipynb #cef2f246
+@patch
+def end(self:LocalDispatcher, job): kill_all(lambda: leftovers(job.folder))      # the worker is a child, and known to be gone
+
 @patch
 def cancel(self:LocalDispatcher, handle, force=False):
     job, child = self.jobs[handle], self.children[handle]
     if child.poll() is not None: return
+    self.asked.add(handle)
     with contextlib.suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGKILL if force else signal.SIGTERM)
-    if force: child.wait(); end_job(self.store.path, job.key, job.folder)
+    if force: child.wait(); self.clean(job, self.owner(job))
 
 @patch
 def close(self:LocalDispatcher, grace=20.):

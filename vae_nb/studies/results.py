@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['describe', 'StudyData', 'configuration_rows', 'difference_rows', 'single_seed', 'acceptance_rows', 'original_table',
            'failure_rows', 'aggregate', 'where_rows', 'no_nan', 'overview', 'stats', 'fewest', 'results_csv',
-           'plot_strips', 'plot_heatmap', 'plot_ranks', 'learning_curves', 'plot_learning', 'summary_text',
-           'fingerprint', 'write_results']
+           'plot_strips', 'plot_heatmap', 'plot_ranks', 'learning_curves', 'plot_learning', 'difference_text',
+           'summary_text', 'fingerprint', 'write_results']
 
 # %% ../../nbs/68_results.ipynb #53f72daf
 import csv, io, json, math
@@ -86,7 +86,7 @@ def difference_rows(d:StudyData)->list: # of dicts, one for each configuration b
                       else f"{'better' if better else 'worse'} on every seed, by the same")
         undecided = r['says'] == 'not decided'; effect = r['mean']/r['sd'] if r['sd'] and not math.isnan(r['sd']) else math.nan
         more = seeds_to_decide(effect, r['n']) if undecided else 0; wins = probability_of_improvement(a.values(), b.values(), d.lower)
-        res.append(r | dict(better_in=wins, more_seeds='over 1000' if more < 0 else more))
+        res.append(r | dict(better_in=wins, more_seeds='unknown' if r['n'] < 2 else 'over 1000' if more < 0 else more))
     return res
 
 # %% ../../nbs/68_results.ipynb #843f3ea7
@@ -140,7 +140,8 @@ def original_table(d:StudyData, rows:list, margin:float, tried:int)->list: # row
         r = verdict(o['value'], x, margin, d.lower, tried)
         res.append(dict(configuration=o['configuration'], original=o['value'], n=len(x), mean=float(np.mean(x)), low=r['low'],
                         high=r['high'],
-                        expected=r['expected'], verdict=r['verdict'], more_seeds=r['more_seeds'], why=r['why']))
+                        expected=r['expected'], verdict=r['verdict'], more_seeds='no number' if r['more_seeds'] < 0 else r['more_seeds'],
+                        why=r['why']))
     return res
 
 # %% ../../nbs/68_results.ipynb #d844f471
@@ -238,7 +239,7 @@ def plot_heatmap(d:StudyData, ax, metric=''):
     with np.errstate(all='ignore'): mid = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in x.T])
     z = x - mid; m = np.nanmax(np.abs(z)) if np.isfinite(z).any() else 1.; cmap = 'PuOr' if d.lower else 'PuOr_r'
     im = ax.imshow(z, cmap=cmap, vmin=-(m or 1), vmax=m or 1, aspect='auto')
-    ax.figure.colorbar(im, ax=ax, label="minus the seed's median")
+    ax.figure.colorbar(im, ax=ax, label="minus median")
     for i, c in enumerate(d.configurations):
         for j, s in enumerate(d.seeds):
             if s in failed[c]: ax.text(j, i, '✗', ha='center', va='center', color='#b00')
@@ -275,17 +276,15 @@ def plot_learning(curves:dict, ax, names, label):
     ax.set(xlabel='step', ylabel=label.replace('_', ' ')); ax.legend(fontsize=6) if curves else None; return ax
 
 # %% ../../nbs/68_results.ipynb #2f1739dc
-def _say_differences(d, rows):
-    unit = d.metric; out = []
-    for r in rows:
-        text = f"**{r['configuration']}** against {d.baseline}: {unit} {r['mean']:+.4g} (95 % {r['low']:+.4g} to {r['high']:+.4g}, "
-        text += plural(r['n'], 'common seed')
-        text += f", p {r['p_holm']:.2g} after Holm)" if not math.isnan(r['p_holm']) else ')'
-        if r['says'] == 'not decided':
-            more = r['more_seeds']; n = f'{more} more seeds' if isinstance(more, str) else plural(more, 'more seed')
-            out.append(f"- {text}: not decided; a difference of this size would need {n}.")
-        else: out.append(f"- {text}: {r['says']}.")
-    return out
+def difference_text(d:StudyData, r:dict)->str: # of a row of `difference_rows`
+    "A difference in one sentence."
+    text = f"**{r['configuration']}** against {d.baseline}: {d.metric} {r['mean']:+.4g}"
+    if r['n'] < 2: return f"{text} on one common seed: no spread, so nothing is decided."
+    text += f" (95 % {r['low']:+.4g} to {r['high']:+.4g}, {plural(r['n'], 'common seed')}"
+    text += f", p {r['p_holm']:.2g} after Holm)" if not math.isnan(r['p_holm']) else ')'
+    if r['says'] != 'not decided': return f"{text}: {r['says']}."
+    more = r['more_seeds']; n = f'{more} more seeds' if isinstance(more, str) else plural(more, 'more seed')
+    return f"{text}: not decided; a difference of this size would need {n}."
 
 # %% ../../nbs/68_results.ipynb #d00ca51e
 def _say_single(d, s):
@@ -307,7 +306,7 @@ def summary_text(d:StudyData, original=(), claims=None)->str:
            f"Compared: {d.metric}, {'lower' if d.lower else 'higher'} is better. "
            + (worth(fewest(d)) if fewest(d) else 'Nothing is done yet.'), '']
     columns = ['configuration', 'n', 'mean', 'sd', 'low', 'high', 'cv', 'worst_seed', 'worst', 'failed']
-    out += [markdown_table(rows, columns), '', *_say_differences(d, diff), *_say_single(d, single)]
+    out += [markdown_table(rows, columns), '', *(f'- {difference_text(d, r)}' for r in diff), *_say_single(d, single)]
     found = acceptance_rows(d) if claims is None else claims
     if found: out += ['', '## Claims', '', markdown_table(found)]
     if original:
@@ -316,7 +315,8 @@ def summary_text(d:StudyData, original=(), claims=None)->str:
         if luck: out += ['', "The best of many tried once looks better than it is (the winner's curse): *expected* is the original's score "
                          "without that luck, if all configurations were equal. The interval is for one further run."]
     if (agg := aggregate(d)):
-        out += ['', '## Over tasks', '', markdown_table(agg), '', 'Interquartile means; the bootstrap covers too little below ten seeds.']
+        out += ['', '## Over tasks', '', markdown_table(agg), '',
+                'Interquartile means; the bootstrap covers too little, even at ten seeds.']
     if fails: out += ['', '## Failures', '', markdown_table(fails)]
     return '\n'.join(out) + '\n'
 

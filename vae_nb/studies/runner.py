@@ -26,6 +26,16 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
+# %% ../../nbs/60_runner.ipynb #ac7054bb
+def _lock_holder(path):
+    "Process number of whoever holds the lock of run folder `path`, or None."
+    try: fd = os.open(lock_path(path), os.O_RDWR)
+    except OSError: return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return None
+    except BlockingIOError: return int(os.pread(fd, 20, 0) or b'0')
+    finally: os.close(fd)
+
 # %% ../../nbs/60_runner.ipynb #c1c7abef
 def unfinished_cells(nb)->list: # [(number of the code cell, 'never ran' | 'raised ValueError')]
     "Code cells of an executed notebook that did not run to their end; an empty list is the good answer."
@@ -55,16 +65,6 @@ def run_status(path)->RunStatus:
     bad = unfinished_cells(read_json(path/'run.ipynb', 'executed notebook'))
     if bad: return RunStatus('failed', f'code cell {bad[0][0]} {bad[0][1]}')
     return RunStatus('complete', '')
-
-# %% ../../nbs/60_runner.ipynb #ac7054bb
-def _lock_holder(path):
-    "Process number of whoever holds the lock of run folder `path`, or None."
-    try: fd = os.open(lock_path(path), os.O_RDWR)
-    except OSError: return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return None
-    except BlockingIOError: return int(os.pread(fd, 20, 0) or b'0')
-    finally: os.close(fd)
 
 # %% ../../nbs/60_runner.ipynb #cc18374f
 class Stopper:

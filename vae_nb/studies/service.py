@@ -272,15 +272,19 @@ def make_app(store=None, # file of the store; None: studies.db in the folder of 
 # %% ../../nbs/69_service.ipynb #f716705f
 _404 = {404: dict(model=Problem, description="No such study or run; the nearest name is given.")}
 
+def _takes_gzip(said)->bool: # a value of Accept-Encoding
+    found = {p[0].strip(): p[1:] for p in (t.split(';') for t in said.split(','))}
+    return 'gzip' in found and not any(re.fullmatch(r' *q *= *0(\.0*)? *', x) for x in found['gzip'])
+
 def _add_answers(app, fastapi, store, runs):
     board, Response, pack = Board(store), fastapi.Response, functools.lru_cache(8)(functools.partial(gzip.compress, compresslevel=5))
     def answer(what, study, request):
         body, tag = board(what, known_study(store, study))
         head = {'ETag': tag, 'Cache-Control': 'private, no-cache', 'Vary': 'Accept-Encoding'}
+        if (packed := len(body) > 1000 and _takes_gzip(request.headers.get('accept-encoding', ''))): head['ETag'] = f'W/{tag}'
         seen = {t.strip().removeprefix('W/') for t in request.headers.get('if-none-match', '').split(',')}
         if tag in seen or '*' in seen: return Response(status_code=304, headers=head)
-        if len(body) > 1000 and 'gzip' in request.headers.get('accept-encoding', ''):
-            body = pack(body); head |= {'ETag': f'W/{tag}', 'Content-Encoding': 'gzip'}
+        if packed: body = pack(body); head['Content-Encoding'] = 'gzip'
         return Response(body, media_type='application/json', headers=head)
     kept = {304: dict(description="Nothing has changed since the ETag that was sent with If-None-Match.")} | _404
 

@@ -115,7 +115,7 @@ class Spec(_Model):
     metric: str = Field('nelbo', description="metric that is compared")
     lower_is_better: bool = Field(True, description="whether the smaller value wins")
     curve: str = Field('', description="metric of the learning curves, from the trainings' epoch events; empty: the compared one")
-    margin: Optional[float] = Field(None, gt=0, description="what difference matters, in the metric's unit")
+    margin: Optional[float] = Field(None, gt=0, description="what difference matters, in the metric's unit; needed with `original`")
     baseline: str = Field('', description="configuration the others are held against; empty: the first")
     acceptance: list[Criterion] = []
     kind: Literal['train', 'eval', 'extract', 'report'] = Field('train', description="what its jobs are, for routing")
@@ -233,6 +233,9 @@ def load_spec(path,
         if err['type'] == 'missing': raise UserError(f"{path.name}: {'.'.join(map(str, loc))} is missing.") from None
         raise UserError(f"{at}{'.'.join(map(str, loc)) + ': ' if loc else ''}{what}.") from None
     spec._size = profile
+    if spec.original and spec.margin is None:
+        raise UserError(f"{path.name} line {_line(node, ['original'], profile)}: original needs a margin beside it: what difference "
+                        "matters, in the metric's unit.")
     if spec.original: read_original(spec, path)
     _check_parameters(spec, path.name, node, profile); return spec
 
@@ -323,6 +326,10 @@ def jobs_of(spec:Spec,
     source, package = hash_notebook(notebook), hash_package()                 # once: a study may have a hundred thousand cells
     base = {c: _resolved(spec, notebook, c, p) for c, p in configurations(spec).items()}
     text = {c: json.dumps(to_jsonable(p | dict(seed='\0')), sort_keys=True).split(json.dumps('\0')) for c, p in base.items()}
+    same = {}
+    for c, t in text.items():
+        if (other := same.setdefault((*t, *sorted(spec.needs.get(c, {}).items())), c)) != c:
+            raise UserError(f"Configurations {other!r} and {c!r} are the same work: with the notebook's own values their parameters agree.")
     start, name_ = hashlib.sha256(source.encode() + b'\0'), notebook.stem; end = f'\0{package}\0'.encode(); first = {}
     for name, seeds in spec.seeds.items():
         for s in seeds: first.setdefault(s, name)

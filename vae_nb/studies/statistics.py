@@ -71,8 +71,8 @@ def worth(n:int)->str:
     "What `n` seeds are worth, in one sentence."
     if n < 2: return "One seed: no spread can be seen, so nothing here is a comparison."
     half = stats.t.ppf(.975, n - 1)/math.sqrt(n)
-    text = (f"{n} seeds: the 95 % interval reaches {half:.1f} standard deviations to each side; a paired difference is noticed "
-            f"four times in five only if it is at least {visible_effect(n):.1f} standard deviations.")
+    text = (f"{n} seeds: the 95 % interval reaches {half:.1f} standard deviations of one seed to each side; a paired difference is noticed "
+            f"four times in five only if it is at least {visible_effect(n):.1f} standard deviations of the differences.")
     return text + (" That is little: read a missing difference as not seen, not as absent." if n < 6 else '')
 
 # %% ../../nbs/61_statistics.ipynb #9ec47158

@@ -66,7 +66,7 @@ class Store:
         except sqlite3.OperationalError as e:
             raise UserError(f"{self.path} could not be opened: {e}. Is the disk full, or the folder not writable?") from None
         except sqlite3.DatabaseError as e:
-            raise UserError(f"{self.path} is not a store of studies, or is damaged ({e}): move it away and plan again.") from None
+            raise UserError(f"{self.path} is not a store of studies, or is damaged ({e}): move it away and run the study again.") from None
 
     @contextlib.contextmanager
     def _open(self):
@@ -97,14 +97,17 @@ class Store:
 def add(self:Store, jobs,
         whole=False # these are all the cells of their study: others leave it (what they found stays in the store)
        )->int:      # cells that are new, have changed, or have left
-    "Add the cells of a study. A cell that is there already follows the plan: its phase, its place, and the key where its work has changed."
+    """Add the cells of a study. A cell that is there already follows the plan: its phase, its place, what it may use, and the key
+    where its work has changed."""
     now = time.time()
     row = lambda j: (j.key, j.notebook, json.dumps(to_jsonable(j.params)), j.seed, j.kind, j.cpus, j.gpus, j.timeout,
                      json.dumps(j.needs), now)
     jobs = list(jobs)
     with self.change() as c:
-        c.executemany('insert or ignore into jobs (key, notebook, params, seed, kind, cpus, gpus, timeout, needs, added) '
-                      'values (?,?,?,?,?,?,?,?,?,?)', map(row, jobs))
+        c.executemany('insert into jobs (key, notebook, params, seed, kind, cpus, gpus, timeout, needs, added) '
+                      'values (?,?,?,?,?,?,?,?,?,?) on conflict do update set kind = excluded.kind, cpus = excluded.cpus, '
+                      'gpus = excluded.gpus, timeout = excluded.timeout where (kind, cpus, gpus, timeout) <> '
+                      '(excluded.kind, excluded.cpus, excluded.gpus, excluded.timeout)', map(row, jobs))
         before = c.total_changes
         c.executemany('insert into cells values (?,?,?,?,?,?) on conflict do update set phase = excluded.phase, key = excluded.key, '
                       'position = excluded.position where (phase, key, position) <> (excluded.phase, excluded.key, excluded.position)',

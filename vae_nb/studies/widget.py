@@ -29,7 +29,8 @@ STYLE = """
 [data-jp-theme-light="true"] .vnb { color-scheme: light; }  [data-jp-theme-light="false"] .vnb { color-scheme: dark; }
 .vnb * { box-sizing: border-box; }
 .vnb h2 { font-size: 17px; font-weight: 600; margin: 0; }  .vnb h3 { font-size: 13px; font-weight: 600; margin: 22px 0 6px; }
-.vnb p { margin: 3px 0; color: var(--soft); max-width: 80ch; }  .vnb .note { color: var(--bad); }  .vnb [hidden] { display: none; }
+.vnb p { margin: 3px 0; color: var(--soft); max-width: 80ch; }  .vnb .note { color: var(--bad); }
+.vnb [hidden] { display: none !important; }
 .vnb .counts { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 10px 0 8px; }
 .vnb .counts > span { display: inline-flex; align-items: center; gap: 6px; font-variant-numeric: tabular-nums; }
 .vnb .box { overflow: auto; max-height: 440px; border: 1px solid var(--line); border-radius: 6px; width: fit-content; max-width: 100%; }
@@ -163,6 +164,7 @@ const NOT_YET = {pending: '(not started yet)', cancelled: '(called off before it
 
 function drawPanel(v, act) {
   const r = v.chosen && v.cells.get(v.chosen)?.run; v.panel.hidden = !r; if (!r) return;
+  if (v.asked !== r.key) { v.asked = r.key; act.choose(r.key); }               // planned anew: another run is in this cell
   const log = v.data.log && v.data.log.key === r.key ? v.data.log : null, link = r.attempts ? act.link(r, log) : null;
   const share = r.state === 'running' && r.progress != null ? `, ${Math.round(100*r.progress)} %` : '';
   const facts = {state: r.state + share, reason: r.reason, parameters: settings(log?.params),
@@ -187,7 +189,7 @@ function drawPanel(v, act) {
 function choose(v, key, act) {
   const left = v.chosen; v.chosen = key === left ? null : key; v.panelShows = null;
   for (const k of [left, v.chosen]) v.cells.get(k)?.setAttribute('aria-pressed', String(k === v.chosen));
-  if (v.chosen) act.choose(v.cells.get(v.chosen).run.key); else { act.choose(''); v.cells.get(left)?.focus(); }
+  v.asked = v.chosen ? v.cells.get(v.chosen).run.key : ''; act.choose(v.asked); if (!v.chosen) v.cells.get(left)?.focus();
   drawPanel(v, act);
 }
 """
@@ -328,7 +330,7 @@ export async function page(body) {
 
   async function get(path) {
     const answer = await fetch(path, {headers, cache: 'no-cache'}), found = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(found.detail || `The service answered ${answer.status}.`);
+    if (!answer.ok) throw Object.assign(new Error(found.detail || `The service answered ${answer.status}.`), {status: answer.status});
     return found;
   }
   function syncing(name, path) {                                            // one fetch at a time
@@ -342,7 +344,7 @@ export async function page(body) {
         catch (e) {
           if (from !== study) continue;
           if (e instanceof TypeError) show({note: 'The service does not answer; trying again.'});
-          else if (name === 'log' && which) show({log: {key: which, text: `(${e.message})`, params: {}}});
+          else if (name === 'log' && which && e.status === 404) show({log: {key: which, text: `(${e.message})`, params: {}}});
           else show({note: e.message});
         }
       } while (again);

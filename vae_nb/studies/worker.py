@@ -86,7 +86,9 @@ def _outcome(job, folder, heart, stop)->dict: # what `Store.finish` is to be tol
     say = lambda outcome, code, reason='', **kw: dict(outcome=outcome, exit_code=code, reason=reason, **kw)
     try:
         stop.let_go(); start = time.time()
-        if (refused := _check(job)): return say(*refused)
+        try: refused = _check(job)
+        except UserError as e: refused = 'failed', FAILED, f'not started: {e}'        # this machine lacks what the planner saw
+        if refused: return say(*refused)
         run_notebook(job['notebook'], job['params'].get('profile'), job['seed'], job['params'], timeout=job['timeout'],
                      show=False, watch=heart)
         return say('done', DONE, results=found_rows(folder), seconds=_seconds(folder, time.time() - start))
@@ -117,12 +119,12 @@ def work(store, key, lease=60., owner='', stop=None)->int: # exit code
     stop = stop or Stop(); stop.hold(); job = store.job(key); attempt = store.claim(key, owner, lease)
     if attempt is None: return REFUSED
     heart = Heart(store, attempt, lease)
-    try: found = _outcome(job, Path(load_settings().runs)/job['notebook']/key, heart, stop)
-    except SystemExit:
-        found = dict(outcome='cancelled', exit_code=STOPPED, reason='interrupted: it was stopped before it began, or at its very end')
-    try: _insist(store.finish, attempt, **found)
+    try:
+        try: found = _outcome(job, Path(load_settings().runs)/job['notebook']/key, heart, stop)
+        except SystemExit:
+            found = dict(outcome='cancelled', exit_code=STOPPED, reason='interrupted: it was stopped before it began, or at its very end')
+        _insist(store.finish, attempt, **found); return found['exit_code']
     finally: heart.stop()
-    return found['exit_code']
 
 # %% ../../nbs/65_worker.ipynb #618fcc01
 def worker_argv(store, key, lease=60., parent=None)->list:
