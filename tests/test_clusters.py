@@ -124,7 +124,7 @@ def test_a_ray_process_and_its_worker_killed_together(place, ray):
 def test_a_cancelled_task_leaves_no_process(place, ray, force):
     j = place.job(4 + force, wait=60.); h = ray.submit(j); wait_for(lambda: place.running(j), what='the job')
     ray.cancel(h, force=force)
-    if not force: wait_for(lambda: not place.left(j), 20, 'the end of the job')
+    if not force: wait_for(lambda: not place.left(j), 60, 'the end of the job')      # a kernel may hear the first signal only by force
     assert not place.left(j) and follow(ray, h, 5) == 'ended stopped' and place.state(j) == 'pending'
     assert place.outcomes(j) == (['lost'] if force else ['cancelled'])
 

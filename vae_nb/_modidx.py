@@ -1572,6 +1572,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'vae_nb.studies.service.Reader.__init__': ( 'service.html#reader.__init__',
                                                                                     'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.Reader._open': ('service.html#reader._open', 'vae_nb/studies/service.py'),
+                                        'vae_nb.studies.service.Reader.rows': ('service.html#reader.rows', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.Reader.stamp': ('service.html#reader.stamp', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.Row': ('service.html#row', 'vae_nb/studies/service.py'),
                                         'vae_nb.studies.service.Run': ('service.html#run', 'vae_nb/studies/service.py'),

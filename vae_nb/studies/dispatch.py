@@ -221,12 +221,13 @@ def cancel(self:LocalDispatcher, handle, force=False):
 @patch
 def close(self:LocalDispatcher, grace=20.):
     "End every job that still runs: politely, then by force."
-    alive = lambda: [h for h, w in self.poll(self.active()).items() if w == 'running']
+    alive = lambda: [h for h in self.active() if self.children[h].poll() is None]       # whatever the store may say
     for h in alive(): self.cancel(h)
     end = time.time() + grace
     while alive() and time.time() < end: time.sleep(.1)
-    for h in alive(): self.cancel(h, force=True)
-    self.poll(self.active())
+    with contextlib.suppress(UserError):
+        for h in alive(): self.cancel(h, force=True)
+        self.poll(self.active())
 
 # %% ../../nbs/66_dispatch.ipynb #a92d98c5
 class RoutingDispatcher:

@@ -37,6 +37,9 @@ class Reader(Store):
         try: yield c
         finally: c.close()
 
+    def rows(self, sql, *args)->list: # of dicts; without patience: a page asks again
+        with self._open() as c: return [dict(r) for r in c.execute(sql, args)]
+
     def stamp(self)->str:
         "Changes with everything that is shown: the store's version, workers that fell silent, the file itself."
         r, = self.rows('select version, (select count(*) from attempts where ended is null and ? - beat > lease) as silent from meta',

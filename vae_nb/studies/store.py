@@ -77,18 +77,25 @@ class Store:
     @contextlib.contextmanager
     def change(self):
         "A transaction that holds the write lock from its start. Raises `UserError` where it could not be written."
-        with self._open() as c:
-            try:
+        try:
+            with self._open() as c:
                 c.execute('begin immediate')
                 try: yield c
                 except BaseException:
                     if c.in_transaction: c.execute('rollback')     # a full disk may have ended it already
                     raise
                 c.execute('commit')
-            except sqlite3.OperationalError as e: raise UserError(f"{self.path} could not be written: {e}. Nothing was changed.") from None
+        except sqlite3.OperationalError as e: raise UserError(f"{self.path} could not be written: {e}. Nothing was changed.") from None
 
     def rows(self, sql, *args)->list: # of dicts
-        with self._open() as c: return [dict(r) for r in c.execute(sql, args)]
+        "Raises `UserError` where it cannot be read, which a full disk may cause too: its index grows while it is read."
+        for wait in (.2, 1., 3., None):
+            try:
+                with self._open() as c: return [dict(r) for r in c.execute(sql, args)]
+            except sqlite3.OperationalError as e:
+                if wait is None or 'syntax' in str(e) or 'no such' in str(e):
+                    raise UserError(f"{self.path} could not be read: {e}. Is the disk full, or the file gone?") from None
+            time.sleep(wait)
 
     @property
     def version(self)->int: return self.rows('select version from meta')[0]['version']
