@@ -88,7 +88,9 @@ loopback = {'0100007F', '0000000000000000FFFF00000100007F', '0000000000000000000
 def ray(place):
     pytest.importorskip('ray', reason="Ray is not installed: pip install 'vae_nb[ray]'")
     d = make_dispatcher('ray', place.store, cpus=2, gpus=['5'], lease=20.); handler = signal.getsignal(signal.SIGTERM)
-    d.start(); assert signal.getsignal(signal.SIGTERM) is handler and 'RAY_AUTH_TOKEN' not in os.environ
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)           # as behind `&` in a script: what is started inherits it
+    d.start(); signal.signal(signal.SIGINT, heard)
+    assert signal.getsignal(signal.SIGTERM) is handler and 'RAY_AUTH_TOKEN' not in os.environ
     yield d
     mine = family(os.getpid()); d.close()
     wait_for(lambda: not [p for p in mine[1:] if p in family(os.getpid())], 30, 'the end of Ray'); assert not Path(d.folder).exists()

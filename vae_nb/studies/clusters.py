@@ -56,6 +56,7 @@ def _environ(**new):
 
 def _task(): # nested, so that Ray sends the code itself: a Ray process need not import this package
     def job(argv, env, gpus, root, log):
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs behind `&` has it ignored, and Ray cancels by it
         cards = os.environ.get('CUDA_VISIBLE_DEVICES', '') if gpus else ''
         inherited = {k: v for k, v in os.environ.items() if k != 'RAY_AUTH_TOKEN'}
         argv = [*argv[:4], sys.executable, *argv[5:], '--parent', str(os.getpid())]
