@@ -147,22 +147,25 @@ def test_ray_that_is_not_there(place, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'vae_nb\[ray\]'"): RayDispatcher(place.store, gpus=[]).submit(place.job(0))
 
 # ---- Slurm: a whole one, on loopback ----
-def slurm_files(d):
-    host = os.uname().nodename; (d/'munge.key').write_bytes(os.urandom(128)); (d/'munge.key').chmod(0o600)
-    for f in ('state', 'spool'): (d/f).mkdir()
+def slurm_files(d, nodes, gpus=0): # {name of a machine: (address, cores)}, the first with the controller
+    "Write Slurm's files into `d`; the programs of the first machine, in the order in which they start."
+    host = next(iter(nodes)); address = nodes[host][0]; (d/'munge.key').write_bytes(os.urandom(128)); (d/'munge.key').chmod(0o600)
+    for f in ('state', *nodes): (d/f).mkdir()
     (d/'cgroup.conf').write_text('CgroupAutomount=no\n')
-    (d/'gres.conf').write_text('Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n')
+    (d/'gres.conf').write_text(''.join(f'Name=gpu File={f}\n' for f in ('/dev/null', '/dev/zero')[:gpus]))
+    gres = f' Gres=gpu:{gpus}' if gpus else ''
+    lines = '\n'.join(f'NodeName={n} NodeAddr={a} CPUs={cpus}{gres} State=UNKNOWN' for n, (a, cpus) in nodes.items())
     (d/'slurm.conf').write_text(f"""ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort=17817
 SlurmdPort=17818
 SlurmUser=root
 AuthInfo=socket={d}/munge.socket
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={d}/state
-SlurmdSpoolDir={d}/spool
+SlurmdSpoolDir={d}/%n
 SlurmctldPidFile={d}/slurmctld.pid
-SlurmdPidFile={d}/slurmd.pid
+SlurmdPidFile={d}/%n/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -174,8 +177,8 @@ SchedulerParameters=batch_sched_delay=0
 ReturnToService=2
 KillWait=25
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs={min(2, os.cpu_count())} Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+{lines}
+PartitionName=main Nodes={','.join(nodes)} Default=YES MaxTime=INFINITE State=UP
 """)
     return [['munged', '-F', f'--key-file={d}/munge.key', f'--socket={d}/munge.socket', f'--pid-file={d}/munge.pid',
              f'--log-file={d}/munge.log', f'--seed-file={d}/munge.seed', '--num-threads=1'],
@@ -190,7 +193,7 @@ def slurm(place, tmp_path_factory):
     env = dict(SLURM_CONF=str(d/'slurm.conf'), PATH=f"{os.environ['PATH']}:/usr/sbin:/sbin"); old = {k: os.environ.get(k) for k in env}
     os.environ |= env; started = []
     try:
-        for argv in slurm_files(d):
+        for argv in slurm_files(d, {os.uname().nodename: ('127.0.0.1', min(2, os.cpu_count()))}, gpus=2):
             out = open(d/f'{argv[0]}.out', 'wb'); started.append(subprocess.Popen(argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
             if argv[0] == 'munged': wait_for(lambda: (d/'munge.socket').exists(), 20, 'munged')
         up = lambda: 'idle' in subprocess.run(['sinfo', '-h', '-o', '%t'], capture_output=True, text=True).stdout

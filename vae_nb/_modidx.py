@@ -1231,6 +1231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.RayDispatcher._init': ( 'clusters.html#raydispatcher._init',
                                                                                           'vae_nb/studies/clusters.py'),
+                                         'vae_nb.studies.clusters.RayDispatcher._left': ( 'clusters.html#raydispatcher._left',
+                                                                                          'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.RayDispatcher._look': ( 'clusters.html#raydispatcher._look',
                                                                                           'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.RayDispatcher._ready': ( 'clusters.html#raydispatcher._ready',

@@ -19,7 +19,7 @@ from .dispatch import (Engine, LocalDispatcher, end_job, job_env, kill_all, mach
                                      worker_processes)
 from .runner import find_notebook
 from .scheduler import Slots
-from .store import Store, this_host
+from .store import Store, derive_state, this_host
 from .worker import exit_words, worker_argv
 
 # %% ../../nbs/67_clusters.ipynb #6f2e127d
@@ -163,9 +163,18 @@ def submit(self:RayDispatcher, job)->str:
 def _ready(self:RayDispatcher, h): return bool(self.ray.wait([self.refs[h]], timeout=0)[0])
 
 @patch
+def _left(self:RayDispatcher, job)->bool:
+    "Has the machine on which the job's worker was started left Ray, and the worker been silent for a lease?"
+    owner, last = self.owner(job), self.last(job)
+    if not owner or last and last['owner'] == owner and derive_state(last) == 'running': return False
+    return owner.rsplit(':', 1)[0] not in {n['NodeManagerHostname'] for n in self.ray.nodes() if n['Alive']}
+
+@patch
 def _look(self:RayDispatcher, h):
     job, ray = self.jobs[h], self.ray; last = self.begun(h)
-    if not self._ready(h): return 'running' if last and last['ended'] is None else 'queued'
+    if not self._ready(h):
+        if self._left(job): return self.ended(h, None, 'its machine left Ray')
+        return 'running' if last and last['ended'] is None else 'queued'
     try: return self.ended(h, ray.get(self.refs[h]))
     except ray.exceptions.TaskCancelledError: return 'running' if worker_processes(self.store.path, job.key) else self.stopped(h)
     except ray.exceptions.OutOfMemoryError: why = 'Ray ended it because memory ran out'
