@@ -160,12 +160,13 @@ def is_alive(pid:int)->bool:
 
 # %% ../nbs/01_runs.ipynb #487af134
 @contextlib.contextmanager
-def lock_run(path,   # run folder; it need not exist
-             wait=10 # seconds to wait for the kernel of a dead process
+def lock_run(path,    # run folder; it need not exist
+             wait=10, # seconds to wait for the kernel of a dead process
+             file=None # lock file; default: that of `lock_path`
             ):
     "Hold the lock of a run folder; yields its file descriptor. Raises `UserError` at once if a living process holds it."
-    lock_path(path).parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o666); end = time.time() + wait
+    file = Path(file or lock_path(path)); file.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666); end = time.time() + wait
     try:
         while True:
             try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); break

@@ -75,8 +75,10 @@ class RayDispatcher(Engine):
     "Runs jobs as tasks of Ray."
     name = 'ray'
     def __init__(self, store, address=None,    # of a Ray that runs, such as 'auto' or 'host:6379'; None: start one, on this machine only
-                 cpus=None, gpus=None,         # of the Ray that is started: a number, and names of cards; None: all there are
-                 lease=60., env=None):         # further environment variables of the jobs
+                 cpus=None,                    # cores of the Ray that is started; None: all there are
+                 gpus=None,                    # names of its cards; None: all there are
+                 lease=60.,                    # seconds without a sign of life until a job may be taken over
+                 env=None):                    # further environment variables of the jobs
         super().__init__(store, lease, env); self.address, self.ray, self.own = address, None, False
         self.cpus, self.gpus = cpus or machine_cpus(), machine_gpus() if gpus is None else list(gpus)
         import_ray() if address else None
@@ -203,10 +205,7 @@ def close(self:RayDispatcher, grace=20.):
     "End every job that still runs, politely, then by force; then the Ray that was started."
     if self.ray is None: return
     running = lambda: [h for h in self.active() if self._look(h) in ('queued', 'running')]
-    for h in running(): self.cancel(h)
-    end = time.time() + grace
-    while running() and time.time() < end: time.sleep(.1)
-    for h in running(): self.cancel(h, force=True)
+    self.end_all(running, grace)
     if self.own: self.ray.shutdown(); shutil.rmtree(self.folder or '', ignore_errors=True)
     self.ray = None
 
@@ -265,12 +264,13 @@ def slurm_nodes(text, partition='')->list: # of dicts: host, whole and free `Slo
 class SlurmDispatcher(Engine):
     "Runs jobs as batch jobs of Slurm, through its own programs."
     name = 'slurm'
-    def __init__(self, store, partition='', # '': the default one
+    def __init__(self, store, partition='', # of the cluster; '': the default one
                  max_jobs=None,  # how many may be in the queue; None: only what is free now is used, which on a busy cluster is never
                  gres='gpu',     # what a card is called, such as gpu:a100
                  shards=0,       # shards a card has, where the cluster has them; 0: a part of a card is a whole one
                  options=(),     # further options of sbatch, such as '--mem=8G' or '--account=lab'
-                 lease=60., env=None,
+                 lease=60.,      # seconds without a sign of life until a job may be taken over
+                 env=None,       # further environment variables of the jobs
                  patience=600.): # seconds the controller may be silent
         super().__init__(store, lease, env); self.partition, self.max_jobs, self.patience, self.silent = partition, max_jobs, patience, None
         for o in (options := [options] if isinstance(options, str) else list(options)):
@@ -424,8 +424,10 @@ class SkypilotDispatcher(Engine):
                  accelerator='',            # kind of card, such as 'L4' or 'H100'; needed where jobs ask for one
                  resources=None,            # further resources, such as dict(infra='aws/us-east-1', use_spot=True)
                  task=None,                 # further fields of the task: setup, volumes, file_mounts, workdir
-                 max_jobs=16, cards=8,      # most jobs at a time, and cards of the largest machine
-                 lease=60., env=None):
+                 max_jobs=16,               # most jobs at a time
+                 cards=8,                   # cards of the largest machine
+                 lease=60.,                 # seconds without a sign of life until a job may be taken over
+                 env=None):                 # further environment variables of the jobs
         super().__init__(store, lease, env); self.python, self.accelerator, self.max_jobs, self.cards = python, accelerator, max_jobs, cards
         self.there, self.store_there = root or str(self.root), store_path or str(self.store.path.resolve())
         self.resources, self.task = dict(resources or {}), dict(task or {})

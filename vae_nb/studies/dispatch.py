@@ -155,12 +155,23 @@ def stopped(self:Engine, h)->str:
         with contextlib.suppress(UserError): self.store.lose(job.key, owner, 'it was stopped by force')
     self.words[h] = 'ended stopped'; return self.words[h]
 
+@patch
+def end_all(self:Engine, alive, grace): # a function that gives the handles at work, and seconds
+    "Ask every job that still runs to end; what does not is ended by force."
+    for h in alive(): self.cancel(h)
+    end = time.time() + grace
+    while alive() and time.time() < end: time.sleep(.1)
+    with contextlib.suppress(UserError):
+        for h in alive(): self.cancel(h, force=True)
+
 # %% ../../nbs/66_dispatch.ipynb #b8f2006d
 class LocalDispatcher(Engine):
     "Runs jobs as processes of this machine."
     name = 'local'
-    def __init__(self, store, cpus=None, gpus=None, # None: all there are
-                 lease=60.):
+    def __init__(self, store,
+                 cpus=None,      # cores to use; None: all there are
+                 gpus=None,      # names of the cards to use; None: all there are
+                 lease=60.):     # seconds without a sign of life until a job may be taken over
         super().__init__(store, lease); self.children, self.used, self.owners, self.asked = {}, {}, {}, set()
         self.cpus, self.gpus = cpus or machine_cpus(), machine_gpus() if gpus is None else list(gpus)
 
@@ -222,12 +233,8 @@ def cancel(self:LocalDispatcher, handle, force=False):
 def close(self:LocalDispatcher, grace=20.):
     "End every job that still runs: politely, then by force."
     alive = lambda: [h for h in self.active() if self.children[h].poll() is None]       # whatever the store may say
-    for h in alive(): self.cancel(h)
-    end = time.time() + grace
-    while alive() and time.time() < end: time.sleep(.1)
-    with contextlib.suppress(UserError):
-        for h in alive(): self.cancel(h, force=True)
-        self.poll(self.active())
+    self.end_all(alive, grace)
+    with contextlib.suppress(UserError): self.poll(self.active())
 
 # %% ../../nbs/66_dispatch.ipynb #a92d98c5
 class RoutingDispatcher:

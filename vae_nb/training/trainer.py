@@ -28,7 +28,7 @@ from ..models.likelihoods import make_likelihood
 from ..models.networks import count_parameters
 from ..models.objective import Objective, beta_at, class_weights, settled_at
 from ..models.vae import VAE
-from ..runs import EventLog, read_events, start_run
+from ..runs import EventLog, lock_run, read_events, start_run
 from .config import TrainConfig, dump_config, make_config
 from .signals import SignalBuffer, gradient_norms, score_text, signal_row, step_fields, validate
 from .tracking import Tracker, picture, tracker_scores
@@ -430,15 +430,8 @@ def audit(x, n_symbols)->dict:
                 **{name: [round(v, 5) for v in (share/share.sum()).tolist()]})
 
 # %% ../../nbs/34_trainer.ipynb #b9847be7
-def fit(config:TrainConfig, # or a dict of its fields
-        out,                # the run folder; an unfinished run in it goes on
-        data=None,          # a GridDataset or ImageDataset; default: what the configuration names
-        progress='auto',    # 'bar', 'panel', 'lines', 'none' or 'auto'
-        build=None          # 'module:function' that makes a network of your own: (params, shape) -> VAE
-       )->dict:             # summary: status, best score, validation scores, seconds, steps, parameters
-    "Train a VAE into the folder `out`. Raises `UserError` if the folder holds another run, `NonFiniteError`, `Interrupted`."
-    if isinstance(config, dict): config = make_config(config)
-    out = Path(out); tr = Trainer(config, out, data, progress, build)
+def _fit(tr:Trainer)->dict:
+    config, out = tr.c, tr.out
     record = to_jsonable(dict(name='train', seed=config.seed, params=config.model_dump(), model=tr.shape,
                               data=hash_text(*[x.cpu().numpy().tobytes() for x in (tr.train, tr.val)])))
     if (out/'config.json').exists() and read_json(out/'config.json', 'configuration') != record:
@@ -457,6 +450,18 @@ def fit(config:TrainConfig, # or a dict of its fields
             tr.signals.flush(); tr.tracker.finish()
             if tr.bar.panel is not None: tr.bar.panel.show()
     return tr.finish(status)
+
+def fit(config:TrainConfig, # or a dict of its fields
+        out,                # the run folder; an unfinished run in it goes on
+        data=None,          # a GridDataset or ImageDataset; default: what the configuration names
+        progress='auto',    # 'bar', 'panel', 'lines', 'none' or 'auto'
+        build=None          # 'module:function' that makes a network of your own: (params, shape) -> VAE
+       )->dict:             # summary: status, best score, validation scores, seconds, steps, parameters
+    """Train a VAE into the folder `out`. Raises `UserError` if the folder holds another run, or somebody trains into it at this moment;
+    `NonFiniteError`; `Interrupted`."""
+    if isinstance(config, dict): config = make_config(config)
+    tr = Trainer(config, out, data, progress, build)
+    with lock_run(tr.out, file=tr.out/'.lock'): return _fit(tr)      # two processes in one folder would mix their logs
 
 # %% ../../nbs/34_trainer.ipynb #8deba4b1
 def train_command(c:TrainConfig)->str:
