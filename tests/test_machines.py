@@ -16,7 +16,7 @@ STUDY = """study: toy
 notebook: toy
 configurations: {{plain: {{focal: false}}, focal: {{focal: true}}}}
 seeds: {{phase1: {seeds}}}
-resources: {{timeout: 60, gpus: {gpus}}}
+resources: {{timeout: 60}}
 engines:
   ray: {{address: '10.77.0.1:6400', lease: 8}}
   slurm: {{lease: 8}}
@@ -29,8 +29,10 @@ class Machine:
         self.shell = subprocess.Popen(['unshare', '-n', '-u', '-m', '-p', '-f', '--mount-proc', '--kill-child=KILL', 'sh', '-c',
                                        INIT.format(name=name, hosts=hosts)], stdin=subprocess.DEVNULL, start_new_session=True)
         def child(): return Path(f'/proc/{self.shell.pid}/task/{self.shell.pid}/children').read_text().split()
-        self.pid = wait_for(child, 10, f'process 1 of {name}')[0]
-        wait_for(lambda: self('hostname', check=False).stdout.strip() == name, 10, name)
+        try:
+            self.pid = wait_for(child, 10, f'process 1 of {name}')[0]
+            wait_for(lambda: self('hostname', check=False).stdout.strip() == name, 10, name)
+        except BaseException: self.shell.kill(); raise
         self.net = os.open(f'/proc/{self.pid}/ns/net', os.O_RDONLY)     # held: with the last process the other end of the cable would go
 
     def argv(self, *argv): return ['nsenter', '-t', self.pid, '-n', '-u', '-m', '-p', f'--wd={os.getcwd()}', *map(str, argv)]
@@ -79,7 +81,7 @@ class Study:
                                 "while not Path('go').exists(): time.sleep(.05)",
                                 "open('ended.txt', 'a').write(f'{run.focal} {seed}\\n')\nrun.finish(nelbo=70. + seed - run.focal)",
                                 params='focal: bool = False  # whether\n')
-    def page(self, seeds, gpus=0): (self.root/'study.yaml').write_text(STUDY.format(seeds=seeds, gpus=gpus))
+    def page(self, seeds): (self.root/'study.yaml').write_text(STUDY.format(seeds=seeds))
     def start(self):
         return self.alpha.start(BIN/'vae-nb', 'study', 'study.yaml', 'run', '--on', self.engine, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=self.project.env())

@@ -169,7 +169,7 @@ def _left(self:RayDispatcher, job)->bool:
     "Has the machine on which the job's worker was started left Ray, and the worker been silent for a lease?"
     owner, last = self.owner(job), self.last(job)
     if not owner or last and last['owner'] == owner and derive_state(last) == 'running': return False
-    return owner.rsplit(':', 1)[0] not in {n['NodeManagerHostname'] for n in self.ray.nodes() if n['Alive']}
+    return {n['Alive'] for n in self.ray.nodes() if n['NodeManagerHostname'] == owner.rsplit(':', 1)[0]} == {False}
 
 @patch
 def _look(self:RayDispatcher, h):
