@@ -1,6 +1,6 @@
 """Studies from the command line, and what must not hurt them: each test really kills, fills, edits or interrupts. Afterwards no result is
 lost, nothing was done twice, no process is left, and the same command goes on."""
-import contextlib, json, os, signal, subprocess, sys, time
+import contextlib, json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -256,6 +256,36 @@ SCRIPT = ROOT/'scripts'/'launch_validation.sh'
 def launch(*args, script=SCRIPT, cwd=ROOT, **env):
     vae_nb = str(Path(sys.executable).with_name('vae-nb'))
     return subprocess.run([script, *args], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | dict(VAE_NB=vae_nb) | env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dice', [0, 1, 2])
+def test_a_study_that_is_hurt_at_random_for_a_minute_ends_whole(project, dice):
+    t = Toy(project, "time.sleep(1.5)", seeds=5); dice = random.Random(dice); said = []
+    with open(t.root/'study.yaml', 'a') as f: f.write('engines: {local: {lease: 5}}\n')
+    is_worker = lambda p: b'studies.worker' in Path(f'/proc/{p}/cmdline').read_bytes()
+    p, end = t.start('run', '--jobs', '2'), time.time() + 60
+    while time.time() < end:
+        time.sleep(dice.uniform(.3, 2.5))
+        if p.poll() is not None:
+            _, err = p.communicate(); assert p.returncode in (0, 1, 130, -9) and 'Traceback' not in err, (said, err)
+            if p.returncode == 1: t('retry')                  # a dead kernel is a failure, and waits for a person
+            p = t.start('run', '--jobs', '2')
+        victim, sign = dice.choice([('scheduler', s) for s in ('KILL', 'TERM', 'INT')] + 3*[('worker', s) for s in ('KILL', 'TERM', 'STOP')]
+                                   + 2*[('kernel', 'KILL')])
+        with contextlib.suppress(OSError, IndexError):       # there may be none, or it has just ended
+            found = [p.pid] if victim == 'scheduler' else [q for q in t.processes() if is_worker(q) == (victim == 'worker')]
+            q = dice.choice(found); os.kill(q, signal.Signals[f'SIG{sign}']); said.append(f'{victim} {sign}')
+            if sign == 'STOP': time.sleep(dice.uniform(0, 8)); os.kill(q, signal.SIGCONT)       # past its lease, sometimes
+    p.send_signal(signal.SIGINT); p.communicate(timeout=60)
+    for _ in range(5):
+        if t('run', '--jobs', '2').returncode == 0: break
+        t('retry')
+    assert t.states() == ['done']*10 and len(t.store.results(t.name)) == 10 and len(said) > 10, said
+    for r in t.rows():
+        tries = t.store.attempts(r.key); assert all(a['ended'] for a in tries) and sum(a['outcome'] == 'done' for a in tries) == 1, said
+    wait_for(lambda: not t.processes(), 30, 'an end of all processes')
+    assert t.store.rows('pragma integrity_check')[0]['integrity_check'] == 'ok'
 
 
 @pytest.mark.parametrize('args, said', [
