@@ -11,7 +11,7 @@ from vae_nb.studies.store import Store
 
 BIN = Path(sys.executable).parent
 NAMES = {'alpha': '10.77.0.1', 'beta': '10.77.0.2'}
-INIT = 'hostname {name}; mount --bind {hosts} /etc/hosts; ip link set lo up; while :; do sleep .5; done'
+INIT = 'hostname {name}; mount --bind {hosts} /etc/hosts; ip link set lo up; cat'       # until whoever made it is gone
 STUDY = """study: toy
 notebook: toy
 configurations: {{plain: {{focal: false}}, focal: {{focal: true}}}}
@@ -27,11 +27,11 @@ class Machine:
     def __init__(self, name, address, hosts):
         self.name, self.address = name, address
         self.shell = subprocess.Popen(['unshare', '-n', '-u', '-m', '-p', '-f', '--mount-proc', '--kill-child=KILL', 'sh', '-c',
-                                       INIT.format(name=name, hosts=hosts)], stdin=subprocess.DEVNULL, start_new_session=True)
+                                       INIT.format(name=name, hosts=hosts)], stdin=subprocess.PIPE, start_new_session=True)
         def child(): return Path(f'/proc/{self.shell.pid}/task/{self.shell.pid}/children').read_text().split()
         try:
-            self.pid = wait_for(child, 10, f'process 1 of {name}')[0]
-            wait_for(lambda: self('hostname', check=False).stdout.strip() == name, 10, name)
+            self.pid = wait_for(child, 60, f'process 1 of {name}')[0]
+            wait_for(lambda: self('hostname', check=False).stdout.strip() == name, 60, name)
         except BaseException: self.shell.kill(); raise
         self.net = os.open(f'/proc/{self.pid}/ns/net', os.O_RDONLY)     # held: with the last process the other end of the cable would go
 
@@ -47,8 +47,9 @@ class Machine:
         return res
     def off(self):
         if self.shell.poll() is not None: return
-        self('ip', 'link', 'set', 'wire', 'down', check=False)
-        os.kill(int(self.pid), signal.SIGKILL); self.shell.wait(20)      # with its process 1 the kernel ends all of a machine
+        try: self('ip', 'link', 'set', 'wire', 'down', check=False)
+        finally: os.kill(int(self.pid), signal.SIGKILL)      # with its process 1 the kernel ends all of a machine
+        self.shell.wait(20); self.shell.stdin.close()
 
 def cable(a, b):
     a('ip', 'link', 'add', 'wire', 'type', 'veth', 'peer', 'name', 'wire2')
@@ -83,12 +84,19 @@ class Study:
                                 params='focal: bool = False  # whether\n')
     def page(self, seeds): (self.root/'study.yaml').write_text(STUDY.format(seeds=seeds))
     def start(self):
-        return self.alpha.start(BIN/'vae-nb', 'study', 'study.yaml', 'run', '--on', self.engine, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, env=self.project.env())
+        with open(self.root/'said.txt', 'w') as f:
+            return self.alpha.start(BIN/'vae-nb', 'study', 'study.yaml', 'run', '--on', self.engine, stdout=f, stderr=f,
+                                    env=self.project.env())
+    def ended(self, p, seconds=150, code=0):
+        said = lambda: (self.root/'said.txt').read_text()[-3000:]
+        try: p.wait(seconds)
+        except subprocess.TimeoutExpired: raise AssertionError('the study does not end: ' + said()) from None
+        assert p.returncode == code, said()
     def interrupt(self):
         "Ctrl-C for the scheduler."
         for p in self.alpha.processes():
-            if b'vae-nb\0study' in Path(f'/proc/{p}/cmdline').read_bytes(): os.kill(p, signal.SIGINT)
+            with contextlib.suppress(OSError):
+                if b'vae-nb\0study' in Path(f'/proc/{p}/cmdline').read_bytes(): os.kill(p, signal.SIGINT)
     @property
     def store(self): return Store(self.root/'runs'/'studies.db')
     def rows(self): return self.store.runs('toy') if (self.root/'runs'/'studies.db').exists() else []
@@ -105,23 +113,17 @@ class Study:
         wait_for(lambda: not [k for r in self.rows() for k in kernels(r.folder)], 30, 'an end of all processes')
         assert self.store.rows('pragma journal_mode')[0]['journal_mode'] == 'delete'
 
-def ended(p, seconds=150, code=0):
-    try: out, err = p.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired: p.kill(); raise AssertionError('the study does not end: ' + p.communicate()[1][-2000:]) from None
-    assert p.returncode == code, err[-3000:]
-    return out, err
-
 def run_and_lose_a_machine(root, alpha, beta, engine):
     study = Study(root, alpha, engine); study.page(1)
     p = study.start(); at = study.running(2); assert set(at) == {'alpha', 'beta'}     # one core each: one job each
-    (root/'go').touch(); ended(p); study.check_whole(2)
+    (root/'go').touch(); study.ended(p); study.check_whole(2)
     (root/'go').unlink(); study.page(2)
     if engine == 'ray':                                     # what Slurm has in its queue outlives the scheduler
-        p = study.start(); rows = study.running(2).values(); study.interrupt(); ended(p, code=130)
+        p = study.start(); rows = study.running(2).values(); study.interrupt(); study.ended(p, code=130)
         assert not [k for r in rows for k in kernels(r.folder)]
         assert [study.store.attempts(r.key)[-1]['outcome'] for r in rows] == ['cancelled']*2
     p = study.start(); lost = study.running(2)['beta']; beta.off()
-    (root/'go').touch(); ended(p); study.check_whole(4)
+    (root/'go').touch(); study.ended(p); study.check_whole(4)
     tries = study.store.attempts(lost.key); assert [a['outcome'] for a in tries][-2:] == ['lost', 'done']
     assert [a['owner'].split(':')[0] for a in tries][-2:] == ['beta', 'alpha']
 
@@ -136,12 +138,12 @@ def ray_on(m, folder, *where):
 def test_a_study_on_ray_over_two_machines_of_which_one_dies(tmp_path, monkeypatch):
     pytest.importorskip('ray', reason="Ray is not installed: pip install 'vae_nb[ray]'")
     monkeypatch.delenv('VAE_NB_RUN', raising=False); monkeypatch.chdir(tmp_path); folder = tempfile.mkdtemp(prefix='ray-')
-    with two_machines() as (alpha, beta):
-        try:
+    try:
+        with two_machines() as (alpha, beta):
             ray_on(alpha, folder, '--head', '--port=6400', '--include-dashboard=false', f'--temp-dir={folder}')
             ray_on(beta, folder, '--address=10.77.0.1:6400')
             run_and_lose_a_machine(tmp_path, alpha, beta, 'ray')
-        finally: shutil.rmtree(folder, ignore_errors=True)
+    finally: shutil.rmtree(folder, ignore_errors=True)
 
 # ---- Slurm ----
 @pytest.mark.parametrize('requeue', [False, pytest.param(True, marks=pytest.mark.slow)])     # two minutes until Slurm starts it again
@@ -151,8 +153,8 @@ def test_a_study_on_slurm_over_two_machines_of_which_one_dies(tmp_path, monkeypa
         pytest.skip(f"Slurm is not installed here ({', '.join(missing)}): apt-get install slurm-wlm munge")
     monkeypatch.delenv('VAE_NB_RUN', raising=False); monkeypatch.chdir(tmp_path)
     d = Path(tempfile.mkdtemp(prefix='slurm-')); d.chmod(0o755); monkeypatch.setenv('SLURM_CONF', str(d/'slurm.conf'))
-    with two_machines() as (alpha, beta):
-        try:
+    try:
+        with two_machines() as (alpha, beta):
             programs = slurm_files(d, {m.name: (m.address, 1) for m in (alpha, beta)})
             with open(d/'slurm.conf', 'a') as f: f.write(f'SlurmdTimeout=8\nJobRequeue={requeue:d}\n')
             for m, argv in [(alpha, argv) for argv in programs] + [(beta, ['slurmd', '-D', '-N', beta.name])]:
@@ -160,4 +162,4 @@ def test_a_study_on_slurm_over_two_machines_of_which_one_dies(tmp_path, monkeypa
                 if argv[0] == 'munged': wait_for(lambda: (d/'munge.socket').exists(), 20, 'munged')
             wait_for(lambda: alpha('sinfo', '-h', '-N', '-o', '%t', check=False).stdout.split() == ['idle', 'idle'], 30, 'Slurm')
             run_and_lose_a_machine(tmp_path, alpha, beta, 'slurm')
-        finally: alpha('scancel', '--me', check=False); shutil.rmtree(d, ignore_errors=True)
+    finally: shutil.rmtree(d, ignore_errors=True)

@@ -93,7 +93,7 @@ class RayDispatcher(Engine):
             ray = import_ray()
             if not ray.is_initialized(): self._init(ray); self.own = True
         self.ray, self.task = ray, ray.remote(_task())
-        if {n['NodeManagerHostname'] for n in ray.nodes()} - {this_host()}: across_machines(self.store)
+        if self.address: across_machines(self.store)            # further machines may join later
         return ray
 
 # %% ../../nbs/67_clusters.ipynb #419b8d14
@@ -166,7 +166,7 @@ def _ready(self:RayDispatcher, h): return bool(self.ray.wait([self.refs[h]], tim
 
 @patch
 def _left(self:RayDispatcher, job)->bool:
-    "Has the machine on which the job's worker was started left Ray, and the worker been silent for a lease?"
+    "Does Ray list the machine of the job's worker as dead, while the store has no sign of that worker within its lease?"
     owner, last = self.owner(job), self.last(job)
     if not owner or last and last['owner'] == owner and derive_state(last) == 'running': return False
     return {n['Alive'] for n in self.ray.nodes() if n['NodeManagerHostname'] == owner.rsplit(':', 1)[0]} == {False}

@@ -161,8 +161,9 @@ def end_all(self:Engine, alive, grace): # a function that gives the handles at w
     for h in alive(): self.cancel(h)
     end = time.time() + grace
     while alive() and time.time() < end: time.sleep(.1)
-    with contextlib.suppress(UserError):
-        for h in alive(): self.cancel(h, force=True)
+    with contextlib.suppress(UserError):                       # a store that cannot be read must not keep the others alive
+        for h in alive():
+            with contextlib.suppress(UserError): self.cancel(h, force=True)
 
 # %% ../../nbs/66_dispatch.ipynb #b8f2006d
 class LocalDispatcher(Engine):

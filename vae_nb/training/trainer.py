@@ -430,13 +430,20 @@ def audit(x, n_symbols)->dict:
                 **{name: [round(v, 5) for v in (share/share.sum()).tolist()]})
 
 # %% ../../nbs/34_trainer.ipynb #b9847be7
-def _fit(tr:Trainer)->dict:
-    config, out = tr.c, tr.out
-    record = to_jsonable(dict(name='train', seed=config.seed, params=config.model_dump(), model=tr.shape,
-                              data=hash_text(*[x.cpu().numpy().tobytes() for x in (tr.train, tr.val)])))
+@patch
+def record(self:Trainer)->dict: # what config.json says of a training
+    return to_jsonable(dict(name='train', seed=self.c.seed, params=self.c.model_dump(), model=self.shape,
+                            data=hash_text(*[x.cpu().numpy().tobytes() for x in (self.train, self.val)])))
+
+def _finished(tr:Trainer, record):
+    "The summary, if the folder holds one of this training. Raises `UserError` if it holds another training."
+    out = tr.out
     if (out/'config.json').exists() and read_json(out/'config.json', 'configuration') != record:
         raise UserError(f"{out} holds a run with another configuration or other data: choose another folder, or delete that one.")
-    if (out/'metrics.json').exists(): return read_json(out/'metrics.json', 'summary')['metrics']
+    return read_json(out/'metrics.json', 'summary')['metrics'] if (out/'metrics.json').exists() else None
+
+def _fit(tr:Trainer, record)->dict:
+    config, out = tr.c, tr.out
     start_run(out, record, device=tr.device, command=train_command(config)).events.close()
     with atomic_write(out/'config.yaml', 'w') as f: f.write(dump_config(config))       # for --config: the same run again
     resumed = tr.restore()
@@ -451,6 +458,7 @@ def _fit(tr:Trainer)->dict:
             if tr.bar.panel is not None: tr.bar.panel.show()
     return tr.finish(status)
 
+# %% ../../nbs/34_trainer.ipynb #16316052
 def fit(config:TrainConfig, # or a dict of its fields
         out,                # the run folder; an unfinished run in it goes on
         data=None,          # a GridDataset or ImageDataset; default: what the configuration names
@@ -460,8 +468,10 @@ def fit(config:TrainConfig, # or a dict of its fields
     """Train a VAE into the folder `out`. Raises `UserError` if the folder holds another run, or somebody trains into it at this moment;
     `NonFiniteError`; `Interrupted`."""
     if isinstance(config, dict): config = make_config(config)
-    tr = Trainer(config, out, data, progress, build)
-    with lock_run(tr.out, file=tr.out/'.lock'): return _fit(tr)      # two processes in one folder would mix their logs
+    tr = Trainer(config, out, data, progress, build); record = tr.record()
+    if (found := _finished(tr, record)) is not None: return found
+    with lock_run(tr.out.absolute(), file=tr.out/'.lock'):            # two processes in one folder would mix their logs
+        return found if (found := _finished(tr, record)) is not None else _fit(tr, record)
 
 # %% ../../nbs/34_trainer.ipynb #8deba4b1
 def train_command(c:TrainConfig)->str:
