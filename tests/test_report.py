@@ -1,5 +1,5 @@
 "Promotion and rendering: refused by name, marked when old, the same bytes twice."
-import json, re
+import json, re, shutil
 import nbformat, pytest
 from PIL import Image
 from conftest import ROOT, one_sentence
@@ -45,8 +45,11 @@ def toy(project):
     project.experiment('toy', 'run.finish()', profiles='  quick: {}\n  full: {}\n'); page(project)
     return project
 
-def edit_package(project):
-    package = project.root/'vae_nb'; package.unlink(); package.mkdir(); (package/'edited.py').write_text('')
+def edit_package(project, module='runs.py'):
+    "An edit to one module of a package of the project's own."
+    package = project.root/'vae_nb'
+    if package.is_symlink(): package.unlink(); shutil.copytree(ROOT/'vae_nb', package, ignore=shutil.ignore_patterns('__pycache__'))
+    with open(package/module, 'a') as f: f.write('# edited\n')
 
 def snapshot(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file()}
 
@@ -88,6 +91,7 @@ def test_older_code_is_marked_and_strict_refuses_it(toy):
     dest = promote(make_run(toy)); report(pdf=False)
     assert 'code has changed' not in (toy.root/'README.md').read_text()
     report(pdf=False, strict=True)
+    edit_package(toy, 'studies/dispatch.py'); report(pdf=False, strict=True)      # the notebook does not use it
     edit_package(toy)
     report(pdf=False); text = (toy.root/'README.md').read_text()
     assert text.count('code has changed since') == 2 and '97.5%' in text        # table and figure, still shown

@@ -1,6 +1,6 @@
 """Studies from the command line, and what must not hurt them: each test really kills, fills, edits or interrupts. Afterwards no result is
 lost, nothing was done twice, no process is left, and the same command goes on."""
-import contextlib, json, os, random, signal, subprocess, sys, time
+import contextlib, json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -168,6 +168,14 @@ def test_edited_notebook_stops_the_study_and_an_undone_edit_goes_on(project):
     assert t.states().count('pending') == 4          # what ran was of the old version, and counts
     nb.write_text(before); p = t('run'); assert p.returncode == 0, p.stderr
     t.check_whole(6)
+
+
+def test_only_an_edit_to_what_the_notebook_uses_makes_its_work_new(project):
+    t = Toy(project); p = t('run'); assert p.returncode == 0, p.stderr
+    package = t.root/'vae_nb'; package.unlink(); shutil.copytree(ROOT/'vae_nb', package, ignore=shutil.ignore_patterns('__pycache__'))
+    for module, word in [('studies/dispatch.py', 'Nothing to run'), ('runs.py', 'To run 2')]:
+        with open(package/module, 'a') as f: f.write('# edited\n')
+        p = t('plan'); assert p.returncode == 0 and word in p.stdout, p.stdout + p.stderr
 
 
 def test_full_disk_loses_nothing(project):

@@ -6,11 +6,12 @@
 __all__ = ['quick_notebooks', 'UserError', 'nearest', 'check_choice', 'plural', 'without_modules', 'wilson', 'allowed', 'invalid',
            'Settings', 'load_settings', 'project_path', 'check_seed', 'derive_seed', 'new_generator', 'seed_everything',
            'pick_device', 'atomic_write', 'to_jsonable', 'write_json', 'read_json', 'hash_text', 'hash_notebook',
-           'hash_package', 'git_state', 'hardware', 'versions', 'provenance', 'utc_now']
+           'imported_names', 'used_modules', 'hash_package', 'git_state', 'hardware', 'versions', 'provenance',
+           'utc_now']
 
 # %% ../nbs/00_core.ipynb #aaf2cd6d
-import configparser, contextlib, dataclasses, difflib, hashlib, json, math, numbers, os, platform, random, subprocess, sys, tempfile, time
-import typing
+import configparser, contextlib, dataclasses, difflib, functools, hashlib, json, math, numbers, os, platform, random, re, subprocess, sys
+import tempfile, time, typing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -236,11 +237,57 @@ def hash_notebook(path)->str:
     return hash_text(*[c['cell_type'] + '\n' + ''.join(c['source']) for c in nb['cells']])
 
 # %% ../nbs/00_core.ipynb #a9f5f945
-def hash_package(root=None)->str:
-    "Hash of the package's source (every .py below `vae_nb/`)."
-    folder = Path(root or load_settings().root)/'vae_nb'
-    files = sorted(folder.rglob('*.py'))
-    return hash_text(*[t for f in files if f.name != '_modidx.py' for t in (str(f.relative_to(folder)), f.read_bytes())])
+_import = re.compile(r'\bfrom\s+(\.*[\w.]*)\s+import\s+(\([^)]*\)|[^;\n]*)|\bimport\s+([\w., ]+)')
+_as_program = re.compile(r"^if __name__ == '__main__'.*\n(?:[ \t].*\n?|\n)*", re.M)
+
+@functools.lru_cache(maxsize=4096)
+def imported_names(text,      # Python source
+                   package='' # dotted name of the package it lies in: what `.` stands for
+                  )->frozenset:
+    "Dotted names that `text` may import, anywhere in it: modules, and modules with a name from within."
+    res, parts = set(), package.split('.')
+    for start, names, plain in _import.findall(_as_program.sub('', text)):
+        res |= {n.split()[0] for n in plain.split(',') if n.strip()}
+        if not start: continue
+        dots = len(start) - len(start.lstrip('.')); base = '.'.join(parts[:len(parts) - dots + 1]*bool(dots) + [start[dots:]]).rstrip('.')
+        res |= {base, *(f'{base}.{n}' for n in re.findall(r'\w+', names))}
+    return frozenset(res)
+
+# %% ../nbs/00_core.ipynb #0f1c69c3
+_runs_others = 'studies/runner.py'     # who reaches this module may run any experiment
+
+def used_modules(source,   # path of a notebook or of a Python file
+                 root=None # folder that holds `vae_nb/`; default: the project's
+                )->set:    # paths of the package's modules
+    "The modules of the package that `source` imports, directly or through others."
+    root = Path(root or load_settings().root); source = Path(source); found, todo = set(), set()
+    def look(text, package):
+        for name in imported_names(text, package):
+            if name.split('.')[0] == 'vae_nb':
+                p = root.joinpath(*name.split('.')); todo.update(f for f in (p.with_suffix('.py'), p/'__init__.py') if f.is_file())
+    if source.suffix == '.ipynb':
+        look('\n'.join(''.join(c['source']) for c in read_json(source, 'notebook')['cells'] if c['cell_type'] == 'code'), '')
+    else: todo.add(source)
+    while todo:
+        f = todo.pop(); found.add(f)
+        look(f.read_text(encoding='utf-8'), '.'.join(f.relative_to(root).parent.parts)); todo -= found
+    return found
+
+# %% ../nbs/00_core.ipynb #b4df7619
+def hash_package(source=None, # path of a notebook or of a Python file; None: the whole package counts
+                 root=None    # folder that holds `vae_nb/`; default: the project's
+                )->str:
+    "Hash of the package's source, as far as `source` uses it. What runs other notebooks uses all of it, and every experiment."
+    s = load_settings(); root = Path(root or s.root); folder = root/'vae_nb'; used = used_modules(source, root) if source else None
+    every = used is None or folder/_runs_others in used
+    # nbdev's index of names changes with the documentation's address, and no result depends on it
+    files = sorted(f for f in (folder.rglob('*.py') if every else used) if f.name != '_modidx.py')
+    texts = [t for f in files for t in (str(f.relative_to(root)), f.read_bytes())]
+    if used is not None and every:
+        for f in sorted((s.experiments if root == s.root else root/s.experiments.name).glob('*')):
+            if f.suffix == '.ipynb': texts += [f.name, hash_notebook(f)]
+            elif f.suffix == '.yaml': texts += [f.name, f.read_bytes()]
+    return hash_text(*texts)
 
 # %% ../nbs/00_core.ipynb #c0693ec1
 def _git(*args, root):
@@ -288,7 +335,7 @@ def versions()->dict:
 # %% ../nbs/00_core.ipynb #dc911211
 def provenance(notebook=None, seed=None, device=None, command=None)->dict:
     "What a reader needs to repeat a run; times are added by the run itself."
-    return dict(**git_state(), notebook_hash=hash_notebook(notebook) if notebook else None, package_hash=hash_package(),
+    return dict(**git_state(), notebook_hash=hash_notebook(notebook) if notebook else None, package_hash=hash_package(notebook),
                 seed=seed, device=str(device) if device is not None else None, command=command,
                 hardware=hardware(device), versions=versions(), started=utc_now())
 

@@ -76,8 +76,8 @@ def resolve_params(notebook,       # path of the experiment
 
 # %% ../nbs/01_runs.ipynb #1fc57d60
 def run_key(notebook, params)->str:
-    "12 hex digits that stand for this notebook source, these parameters (seed included) and this package source."
-    return hash_text(hash_notebook(notebook), json.dumps(to_jsonable(params), sort_keys=True), hash_package())
+    "12 hex digits that stand for this notebook source, these parameters (seed included) and the package as far as it uses it."
+    return hash_text(hash_notebook(notebook), json.dumps(to_jsonable(params), sort_keys=True), hash_package(notebook))
 
 # %% ../nbs/01_runs.ipynb #45e31db8
 def _json_line(event)->bytes:
@@ -160,8 +160,8 @@ def is_alive(pid:int)->bool:
 
 # %% ../nbs/01_runs.ipynb #487af134
 @contextlib.contextmanager
-def lock_run(path,    # run folder; it need not exist
-             wait=10, # seconds to wait for the kernel of a dead process
+def lock_run(path,     # run folder; it need not exist
+             wait=10,  # seconds to wait for the kernel of a dead process
              file=None # lock file; default: that of `lock_path`
             ):
     "Hold the lock of a run folder; yields its file descriptor. Raises `UserError` at once if a living process holds it."

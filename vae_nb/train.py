@@ -19,9 +19,10 @@ from .training.trainer import find_data, fit, load_data
 def train_folder(config:TrainConfig,
                  data=None # an ImageDataset; default: the grids' file
                 )->Path:
-    "`runs/train/KEY`: the key stands for the configuration, the data's bytes and the package source."
+    "`runs/train/KEY`: the key stands for the configuration, the data's bytes and the modules that train."
     content = [find_data(config.data_path).read_bytes()] if data is None else [getattr(data, k).numpy().tobytes() for k in ('train', 'val')]
-    return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), *content, hash_package())
+    return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), *content,
+                                                  hash_package(load_settings().root/'vae_nb'/'train.py'))
 
 # %% ../nbs/91_train.ipynb #808af47e
 def train(config:TrainConfig=None, # everything that shapes the run; default: TrainConfig()

@@ -106,19 +106,19 @@ def _drop_older(s, name, dest, command):
         if p.is_dir() and not (s.report/'results'/name/p.name).exists(): shutil.rmtree(p)
 
 # %% ../../nbs/80_promote.ipynb #b8983c68
-def _read_result(path, s, package):
+def _read_result(path, s):
     rec = read_run(path); cfg, prov = rec['config'], rec['provenance']; nb = path/'run.ipynb'
     if not rec['metrics'] or not prov or not nb.exists() or unfinished_cells(read_json(nb, 'executed notebook')):
         raise UserError(f"{os.path.relpath(path, s.root)} is not the result of a complete run: promote it again, or remove it.")
-    source = s.experiments/f"{cfg['name']}.ipynb"; now = (package, hash_notebook(source) if source.exists() else None)
+    source = s.experiments/f"{cfg['name']}.ipynb"; now = (hash_package(source, s.root), hash_notebook(source)) if source.exists() else None
     ref = rec['metrics'].get('ref') or f"{cfg['name']}.{cfg['profile']}"      # a notebook that reports many things names its run itself
     return rec | dict(ref=ref, name=cfg['name'], profile=cfg['profile'], seed=cfg['seed'], run=path.name,
                       old=(prov.get('package_hash'), prov.get('notebook_hash')) != now)
 
 def read_promoted(settings=None)->list: # dicts: ref, name, profile, seed, run, path, config, provenance, metrics, old
     "All promoted runs; of one profile the plainest command, lowest seed and newest first. Raises `UserError` naming a damaged one."
-    s = settings or load_settings(); package = hash_package(s.root)
+    s = settings or load_settings()
     found = sorted(p for p in (s.report/'results').glob('*/*') if p.is_dir() and not p.name.startswith('.'))
-    res = [_read_result(p, s, package) for p in found]
+    res = [_read_result(p, s) for p in found]
     res.sort(key=lambda r: r['provenance'].get('finished') or '', reverse=True)
     return sorted(res, key=lambda r: (r['name'], r['profile'], (r['provenance'].get('command') or '').count(' -p '), r['seed']))

@@ -323,7 +323,7 @@ def jobs_of(spec:Spec,
     "The cells of a study."
     notebook = find_notebook(spec.notebook); phase = phase or next(iter(spec.seeds)); r = spec.resources
     check_choice('Phase', phase, list(spec.seeds))
-    source, package = hash_notebook(notebook), hash_package()                 # once: a study may have a hundred thousand cells
+    source, package = hash_notebook(notebook), hash_package(notebook)         # once: a study may have a hundred thousand cells
     base = {c: _resolved(spec, notebook, c, p) for c, p in configurations(spec).items()}
     text = {c: json.dumps(to_jsonable(p | dict(seed='\0')), sort_keys=True).split(json.dumps('\0')) for c, p in base.items()}
     same = {}

@@ -431,7 +431,8 @@ def audit(x, n_symbols)->dict:
 
 # %% ../../nbs/34_trainer.ipynb #b9847be7
 @patch
-def record(self:Trainer)->dict: # what config.json says of a training
+def record(self:Trainer)->dict:
+    "What config.json says of a training: its configuration, its network and a hash of its data."
     return to_jsonable(dict(name='train', seed=self.c.seed, params=self.c.model_dump(), model=self.shape,
                             data=hash_text(*[x.cpu().numpy().tobytes() for x in (self.train, self.val)])))
 
