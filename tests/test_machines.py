@@ -16,7 +16,7 @@ STUDY = """study: toy
 notebook: toy
 configurations: {{plain: {{focal: false}}, focal: {{focal: true}}}}
 seeds: {{phase1: {seeds}}}
-resources: {{timeout: 60}}
+resources: {{timeout: 60, cpus: {cpus}}}
 engines:
   ray: {{address: '10.77.0.1:6400', lease: 8}}
   slurm: {{lease: 8}}
@@ -28,7 +28,9 @@ class Machine:
         self.name, self.address = name, address
         self.shell = subprocess.Popen(['unshare', '-n', '-u', '-m', '-p', '-f', '--mount-proc', '--kill-child=KILL', 'sh', '-c',
                                        INIT.format(name=name, hosts=hosts)], stdin=subprocess.PIPE, start_new_session=True)
-        def child(): return Path(f'/proc/{self.shell.pid}/task/{self.shell.pid}/children').read_text().split()
+        def child():
+            if self.shell.poll() is not None: raise OSError('this kernel, or who runs it, allows no namespaces')
+            return Path(f'/proc/{self.shell.pid}/task/{self.shell.pid}/children').read_text().split()
         try:
             self.pid = wait_for(child, 60, f'process 1 of {name}')[0]
             wait_for(lambda: self('hostname', check=False).stdout.strip() == name, 60, name)
@@ -61,17 +63,18 @@ def cable(a, b):
 def two_machines():
     missing = [p for p in ('unshare', 'nsenter', 'ip', 'hostname') if not shutil.which(p)]
     if missing or os.geteuid(): pytest.skip(f"machines of namespaces need root{''.join(f', {p}' for p in missing)}")
-    made = []; hosts = Path(tempfile.mkdtemp(prefix='machines-'))/'hosts'
+    made, ends = [], contextlib.ExitStack(); hosts = Path(tempfile.mkdtemp(prefix='machines-'))/'hosts'
     hosts.write_text(''.join(f'{a} {n}\n' for n, a in (*NAMES.items(), ('localhost', '127.0.0.1'))))
     try:
         try:
-            for name, address in NAMES.items(): made.append(Machine(name, address, hosts))
+            for name, address in NAMES.items():
+                made.append(m := Machine(name, address, hosts)); ends.callback(os.close, m.net); ends.callback(m.off)
             cable(*made)
-        except (AssertionError, OSError, subprocess.SubprocessError) as e: pytest.skip(f'no namespaces here ({type(e).__name__})')
+        except (OSError, subprocess.SubprocessError) as e: pytest.skip(f'no namespaces here: {e}')
         yield made
     finally:
-        for m in made: m.off(); os.close(m.net)
-        shutil.rmtree(hosts.parent, ignore_errors=True)
+        try: ends.close()                                   # each of them, whatever the others say
+        finally: shutil.rmtree(hosts.parent, ignore_errors=True)
 
 class Study:
     "A study that is started on the first machine."
@@ -82,16 +85,16 @@ class Study:
                                 "while not Path('go').exists(): time.sleep(.05)",
                                 "open('ended.txt', 'a').write(f'{run.focal} {seed}\\n')\nrun.finish(nelbo=70. + seed - run.focal)",
                                 params='focal: bool = False  # whether\n')
-    def page(self, seeds): (self.root/'study.yaml').write_text(STUDY.format(seeds=seeds))
+    def page(self, seeds, cpus=1): (self.root/'study.yaml').write_text(STUDY.format(seeds=seeds, cpus=cpus))
+    def said(self): return (self.root/'said.txt').read_text()
     def start(self):
         with open(self.root/'said.txt', 'w') as f:
             return self.alpha.start(BIN/'vae-nb', 'study', 'study.yaml', 'run', '--on', self.engine, stdout=f, stderr=f,
                                     env=self.project.env())
     def ended(self, p, seconds=150, code=0):
-        said = lambda: (self.root/'said.txt').read_text()[-3000:]
         try: p.wait(seconds)
-        except subprocess.TimeoutExpired: raise AssertionError('the study does not end: ' + said()) from None
-        assert p.returncode == code, said()
+        except subprocess.TimeoutExpired: raise AssertionError('the study does not end: ' + self.said()[-3000:]) from None
+        assert p.returncode == code, self.said()[-3000:]
     def interrupt(self):
         "Ctrl-C for the scheduler."
         for p in self.alpha.processes():
@@ -129,21 +132,36 @@ def run_and_lose_a_machine(root, alpha, beta, engine):
 
 # ---- Ray ----
 RAY = dict(RAY_USAGE_STATS_ENABLED='0', RAY_health_check_period_ms='1000', RAY_health_check_timeout_ms='2000',
-           RAY_health_check_failure_threshold='3', RAY_health_check_initial_delay_ms='5000')
+           RAY_health_check_failure_threshold='3', RAY_health_check_initial_delay_ms='5000',
+           RAY_agent_register_timeout_ms='100000')          # a busy machine is slow, not broken
 
-def ray_on(m, folder, *where):
-    how = ['--num-cpus=1', f'--node-ip-address={m.address}', '--object-store-memory=80000000', '--disable-usage-stats']
+def ray_on(m, *where, cpus=1):
+    how = [f'--num-cpus={cpus}', f'--node-ip-address={m.address}', '--object-store-memory=80000000', '--disable-usage-stats']
     m(BIN/'ray', 'start', *where, *how, env=os.environ | RAY)
 
-def test_a_study_on_ray_over_two_machines_of_which_one_dies(tmp_path, monkeypatch):
+@pytest.fixture
+def ray_machines(monkeypatch, tmp_path):
+    "Two machines, and a function that starts Ray on them with so many cores."
     pytest.importorskip('ray', reason="Ray is not installed: pip install 'vae_nb[ray]'")
     monkeypatch.delenv('VAE_NB_RUN', raising=False); monkeypatch.chdir(tmp_path); folder = tempfile.mkdtemp(prefix='ray-')
+    def start(alpha, beta):
+        ray_on(machines[0], '--head', '--port=6400', '--include-dashboard=false', f'--temp-dir={folder}', cpus=alpha)
+        ray_on(machines[1], '--address=10.77.0.1:6400', cpus=beta); return machines
     try:
-        with two_machines() as (alpha, beta):
-            ray_on(alpha, folder, '--head', '--port=6400', '--include-dashboard=false', f'--temp-dir={folder}')
-            ray_on(beta, folder, '--address=10.77.0.1:6400')
-            run_and_lose_a_machine(tmp_path, alpha, beta, 'ray')
+        with two_machines() as machines: yield start
     finally: shutil.rmtree(folder, ignore_errors=True)
+
+def test_a_study_on_ray_over_two_machines_of_which_one_dies(tmp_path, ray_machines):
+    run_and_lose_a_machine(tmp_path, *ray_machines(1, 1), 'ray')
+
+def test_a_study_on_ray_says_what_it_waits_for_when_the_only_machine_that_could_hold_it_dies(tmp_path, ray_machines):
+    alpha, beta = ray_machines(1, 2); study = Study(tmp_path, alpha, 'ray'); study.page(1, cpus=2)
+    p = study.start(); assert set(study.running(1)) == {'beta'}; beta.off()
+    wait_for(lambda: 'Waiting: ' in study.said(), 90, 'a word on what it waits for'); assert p.poll() is None
+    line, = [l for l in study.said().splitlines() if l.startswith('Waiting: ')]
+    assert 'needs 2 cores and 0 GPUs, but there are 1 core and 0 GPUs here' in line
+    study.interrupt(); study.ended(p, code=130)
+    study.page(1, cpus=1); (tmp_path/'go').touch(); p = study.start(); study.ended(p); study.check_whole(2)
 
 # ---- Slurm ----
 @pytest.mark.parametrize('requeue', [False, pytest.param(True, marks=pytest.mark.slow)])     # two minutes until Slurm starts it again

@@ -9,6 +9,7 @@ __all__ = ['signs', 'ACTIONS', 'Study', 'planned', 'past_seconds', 'long_time', 
 
 # %% ../nbs/95_study.ipynb #deab660f
 import contextlib, os, signal, sys, threading, time
+from dataclasses import replace
 from pathlib import Path
 
 # %% ../nbs/95_study.ipynb #1c96c598
@@ -180,23 +181,24 @@ def status_text(study:Study, rows=None)->str:
 class Screen:
     "Shows a study while it runs: a live table on a terminal, a line for each change in a log."
     def __init__(self, study, show=True):
-        self.study, self.show, self.last, self.start, self.live = study, show, {}, time.time(), None
+        self.study, self.show, self.last, self.waits, self.start, self.live = study, show, {}, '', time.time(), None
         if show and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True); self.live.start()
 
-    def table(self, rows):
+    def table(self, rows, waits=''):
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
         t = Table(pad_edge=False); data = matrix_rows(rows); style = {'✓': 'green', '▶': 'cyan', '✗': 'red', '?': 'yellow'}
         for k in data[0]: t.add_column(Text(k), no_wrap=True)
         for d in data: t.add_row(*(Text(str(x), style=style.get(str(x)[:1], '')) for x in d.values()))
-        return Group(Text(f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}'), t)
+        return Group(Text(f'{self.study.name}   {legend(rows)}   {long_time(time.time() - self.start)}'), t,
+                     *([Text(f'Waiting: {waits}')] if waits else []))
 
-    def update(self, rows):
-        if self.live: self.live.update(self.table(rows), refresh=True)
+    def update(self, rows, waits=''):
+        if self.live: self.live.update(self.table(rows, waits), refresh=True)
         elif self.show:
             done = sum(r.state == 'done' for r in rows)
             for r in rows:
@@ -205,7 +207,8 @@ class Screen:
                     why = f': {r.reason}' if told else f' in {long_time(r.seconds)}' if r.state == 'done' and r.seconds else ''
                     print(f'[{done}/{len(rows)}] {signs[r.state]} {r.configuration}, seed {r.seed}: {r.state}{why}', file=sys.stderr,
                           flush=True)
-        self.last = {r.key: r.state for r in rows}
+            if waits and waits != self.waits: print(f'Waiting: {waits}', file=sys.stderr, flush=True)
+        self.last, self.waits = {r.key: r.state for r in rows}, waits
 
     def close(self):
         if self.live: self.live.stop()
@@ -220,7 +223,7 @@ class Hands:
     def free(self, d)->Slots:
         "What `d` has free, less what this loop was told to leave."
         s = d.slots()
-        return s if self.most is None else Slots(min(s.cpus, 10**6*(len(self.jobs) < self.most)), s.gpus)
+        return s if self.most is None or len(self.jobs) < self.most else replace(s, cpus=0)
 
     def start(self, rows):
         "Start what may start now."
@@ -237,6 +240,13 @@ class Hands:
             if word.startswith(('ended', 'lost')):
                 key = self.jobs.pop(h); n = self.tries[key] = self.tries.get(key, 0) + 1
                 self.waits[key] = time.time() + min(60., .5*2**n); self.edited |= 'edited' in word
+
+    def idle(self, rows)->str: # '' while something is at work, or could be
+        "What the rest waits for, of which nothing fits on the machines there are: one may have died that could hold it."
+        if self.jobs or not any(r.state in ('pending', 'stale') for r in rows): return ''
+        with contextlib.suppress(UserError):                   # an engine that is silent has a patience of its own
+            return next((why for d, mine in split(self.dispatcher, rows) if (why := unfit(mine, d.slots(whole=True)))), '')
+        return ''
 
 # %% ../nbs/95_study.ipynb #2b86003d
 @contextlib.contextmanager
@@ -259,7 +269,7 @@ def run_jobs(study, dispatcher, most=None, show=True, every=.5)->list: # the row
     try:
         with raising_signals():
             while True:
-                hands.look(); rows = study.rows(); screen.update(rows)
+                hands.look(); rows = study.rows(); screen.update(rows, hands.idle(rows))
                 if not hands.jobs and (hands.edited or at_end(rows)): break
                 if not hands.edited: hands.start(rows)
                 time.sleep(every)

@@ -8,7 +8,7 @@ __all__ = ['start_line', 'sky_fields', 'sky_resources', 'dispatchers', 'across_m
 
 # %% ../../nbs/67_clusters.ipynb #5fe5a7e9
 import contextlib, inspect, json, math, os, re, secrets, shlex, shutil, signal, sqlite3, subprocess, sys, tempfile, threading, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 # %% ../../nbs/67_clusters.ipynb #a7bedf76
@@ -18,7 +18,7 @@ from ..core import UserError, atomic_write, check_choice, nearest, plural
 from .dispatch import (Engine, LocalDispatcher, end_job, job_env, kill_all, machine_cpus, machine_gpus, processes,
                                      worker_processes)
 from .runner import find_notebook
-from .scheduler import Slots
+from .scheduler import Slots, together
 from .store import Store, derive_state, this_host
 from .worker import exit_words, worker_argv
 
@@ -129,24 +129,22 @@ def machines(self:RayDispatcher)->list: # a `Slots` of each
 
 @patch
 def slots(self:RayDispatcher, whole=False)->Slots:
-    m = self.machines(); s = Slots(sum(x.cpus for x in m), tuple(g for x in m for g in x.gpus))
+    s = together(self.machines())
     if whole: return s
     mine = [self.jobs[h] for h in self.active()]; keys = {j.key for j in mine}
     others = [] if self.address else [SimpleNamespace(**r) for r in self.store.busy(this_host()) if r['key'] not in keys]
-    for j in mine + others: s = s.take(j) or Slots(0, s.gpus)
+    for j in mine + others: s = s.take(j) or replace(s, cpus=0)
     if self.ray is None: return s
     free = self.ray.available_resources()                  # somebody else may use the same Ray
     gpus = list(s.gpus); over = sum(gpus) - free.get('GPU', 0.)
     for i in sorted(range(len(gpus)), key=lambda i: -gpus[i]): t = min(max(over, 0.), gpus[i]); gpus[i] -= t; over -= t
-    return Slots(min(s.cpus, int(free.get('CPU', 0))), tuple(gpus))
+    return replace(s, cpus=min(s.cpus, int(free.get('CPU', 0))), gpus=tuple(gpus))
 
 @patch
 def plan(self:RayDispatcher, job)->dict:
-    machines = self.machines()
-    if not any(m.take(job) for m in machines):
-        most = max(machines, key=lambda m: (len(m.gpus), m.cpus), default=Slots(0))
+    if (whole := self.slots(whole=True)).take(job) is None:
         raise UserError(f"{job.configuration}, seed {job.seed} needs {plural(job.cpus, 'core')} and {plural(job.gpus, 'GPU', 'g')}, "
-                        f"but the largest machine of this Ray has {plural(most.cpus, 'core')} and {plural(len(most.gpus), 'GPU')}.")
+                        f"but this Ray has {whole}.")
     argv = ['/bin/sh', '-c', start_line, 'sh', *worker_argv(self.store.path, job.key, self.lease)]
     return dict(argv=argv, env=job_env(job) | self.env, num_cpus=job.cpus, num_gpus=job.gpus if job.gpus <= 1 else math.ceil(job.gpus))
 
@@ -365,15 +363,15 @@ def _look(self:SlurmDispatcher, h, states):
 def slots(self:SlurmDispatcher, whole=False)->Slots:
     nodes = self.nodes()
     if nodes is None and whole: self.ask('scontrol', 'ping')
-    total = Slots(sum(n['whole'].cpus for n in nodes or ()), tuple(g for n in nodes or () for g in n['whole'].gpus))
+    total = together([n['whole'] for n in nodes or ()])
     if self.max_jobs is not None:
         if whole: return Queue(total.cpus, total.gpus, self.max_jobs)
         left = max(0, self.max_jobs - sum(w in ('queued', 'running') for w in self.poll(self.active()).values()))
         return Queue(total.cpus if left else 0, total.gpus, left)
     if whole: return total
     queued = [self.jobs[h] for h, w in self.poll(self.active()).items() if w == 'queued']
-    s = Slots(sum(n['free'].cpus for n in nodes or ()), tuple(g for n in nodes or () for g in n['free'].gpus))
-    for j in queued: s = s.take(j) or Slots(0, s.gpus)
+    s = replace(total, cpus=sum(n['free'].cpus for n in nodes or ()), gpus=tuple(g for n in nodes or () for g in n['free'].gpus))
+    for j in queued: s = s.take(j) or replace(s, cpus=0)
     return s
 
 # %% ../../nbs/67_clusters.ipynb #7ed9a17f
