@@ -6,12 +6,12 @@
 __all__ = ['quick_notebooks', 'UserError', 'nearest', 'check_choice', 'plural', 'without_modules', 'wilson', 'allowed', 'invalid',
            'Settings', 'load_settings', 'project_path', 'check_seed', 'derive_seed', 'new_generator', 'seed_everything',
            'pick_device', 'atomic_write', 'to_jsonable', 'write_json', 'read_json', 'hash_text', 'hash_notebook',
-           'imported_names', 'used_modules', 'hash_package', 'git_state', 'hardware', 'versions', 'provenance',
-           'utc_now']
+           'imported_names', 'package_folder', 'used_modules', 'hash_package', 'git_state', 'hardware', 'versions',
+           'provenance', 'utc_now']
 
 # %% ../nbs/00_core.ipynb #aaf2cd6d
-import configparser, contextlib, dataclasses, difflib, functools, hashlib, json, math, numbers, os, platform, random, re, subprocess, sys
-import tempfile, time, typing
+import ast, configparser, contextlib, dataclasses, difflib, functools, hashlib, importlib.util, json, math, numbers, os, platform, random
+import re, subprocess, sys, tempfile, time, typing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -237,56 +237,72 @@ def hash_notebook(path)->str:
     return hash_text(*[c['cell_type'] + '\n' + ''.join(c['source']) for c in nb['cells']])
 
 # %% ../nbs/00_core.ipynb #a9f5f945
-_import = re.compile(r'\bfrom\s+(\.*[\w.]*)\s+import\s+(\([^)]*\)|[^;\n]*)|\bimport\s+([\w., ]+)')
-_as_program = re.compile(r"^if __name__ == '__main__'.*\n(?:[ \t].*\n?|\n)*", re.M)
+def _program(b): # `if __name__ == '__main__'`, alone or with `and`
+    test = getattr(b, 'test', None); test = test.values[0] if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else test
+    return isinstance(b, ast.If) and ast.unparse(test) == "__name__ == '__main__'"
+
+def _imports(body, package): # what these statements import, and those within them
+    for b in body:
+        if isinstance(b, ast.Import): yield from (a.name for a in b.names)
+        elif isinstance(b, ast.ImportFrom):
+            base = '.'.join([*package[:len(package) - b.level + 1]*bool(b.level), *([b.module] if b.module else [])])
+            yield base; yield from (f'{base}.{a.name}' for a in b.names)
+        else:
+            for part in ('body', 'orelse', 'finalbody', 'handlers', 'cases'): yield from _imports(getattr(b, part, ()), package)
 
 @functools.lru_cache(maxsize=4096)
 def imported_names(text,      # Python source
-                   package='' # dotted name of the package it lies in: what `.` stands for
+                   package='' # dotted name of the package it is a module of; '': it is a program or a notebook
                   )->frozenset:
-    "Dotted names that `text` may import, anywhere in it: modules, and modules with a name from within."
-    res, parts = set(), package.split('.')
-    for start, names, plain in _import.findall(_as_program.sub('', text)):
-        res |= {n.split()[0] for n in plain.split(',') if n.strip()}
-        if not start: continue
-        dots = len(start) - len(start.lstrip('.')); base = '.'.join(parts[:len(parts) - dots + 1]*bool(dots) + [start[dots:]]).rstrip('.')
-        res |= {base, *(f'{base}.{n}' for n in re.findall(r'\w+', names))}
-    return frozenset(res)
+    "Dotted names that `text` imports, anywhere in it: modules, and modules with a name from within. Raises SyntaxError."
+    body = [b for b in ast.parse(text).body if not (package and _program(b))]
+    return frozenset(_imports(body, package.split('.'))) | frozenset(re.findall(r"""['"](vae_nb(?:\.\w+)+)""", text))
 
 # %% ../nbs/00_core.ipynb #0f1c69c3
-_runs_others = 'studies/runner.py'     # who reaches this module may run any experiment
+def package_folder(root=None # of a project; default: the current one
+                  )->Path:
+    "Where the package lies: in the project, or, if that has none of its own, where it is installed."
+    folder = Path(os.path.abspath(root or load_settings().root))/'vae_nb'; spec = importlib.util.find_spec('vae_nb')
+    return folder if folder.is_dir() or spec is None else Path(spec.origin).parent
 
+def _modules(folder): return {f for f in folder.rglob('*.py') if f.name != '_modidx.py'}    # no result depends on nbdev's index of names
+
+def _code(path): # a notebook's, with its magic lines blanked; or a module's
+    path = Path(path)
+    if path.suffix != '.ipynb': return path.read_text(encoding='utf-8', errors='replace')
+    cells = [''.join(c['source']) for c in read_json(path, 'notebook')['cells'] if c.get('cell_type') == 'code']
+    return re.sub(r'^([ \t]*)[%!].*', r'\1pass', '\n'.join(cells), flags=re.M)
+
+# %% ../nbs/00_core.ipynb #ec5e3b83
 def used_modules(source,   # path of a notebook or of a Python file
-                 root=None # folder that holds `vae_nb/`; default: the project's
-                )->set:    # paths of the package's modules
-    "The modules of the package that `source` imports, directly or through others."
-    root = Path(root or load_settings().root); source = Path(source); found, todo = set(), set()
-    def look(text, package):
-        for name in imported_names(text, package):
-            if name.split('.')[0] == 'vae_nb':
-                p = root.joinpath(*name.split('.')); todo.update(f for f in (p.with_suffix('.py'), p/'__init__.py') if f.is_file())
-    if source.suffix == '.ipynb':
-        look('\n'.join(''.join(c['source']) for c in read_json(source, 'notebook')['cells'] if c['cell_type'] == 'code'), '')
-    else: todo.add(source)
+                 root=None # of the project; default: the current one
+                )->set:    # paths
+    "The modules of the package that `source` imports, directly or through others. What cannot be parsed is taken to use them all."
+    folder = package_folder(root); every, found, todo = _modules(folder), set(), {Path(os.path.abspath(source))}
     while todo:
-        f = todo.pop(); found.add(f)
-        look(f.read_text(encoding='utf-8'), '.'.join(f.relative_to(root).parent.parts)); todo -= found
-    return found
+        f = todo.pop(); found.add(f); inside = f.is_relative_to(folder)
+        try: names = imported_names(_code(f), '.'.join(f.relative_to(folder.parent).parent.parts) if inside else '')
+        except (SyntaxError, ValueError): return every
+        for parts in (n.split('.') for n in names if n.split('.')[0] == 'vae_nb'):
+            for p in (folder.joinpath(*parts[1:k]) for k in range(1, len(parts) + 1)):     # a package is imported before its modules
+                todo |= {p.with_suffix('.py'), p/'__init__.py'} & every - found
+    return found & every
 
 # %% ../nbs/00_core.ipynb #b4df7619
+_runs_others = 'studies/runner.py'     # who reaches this module may run any experiment
+
 def hash_package(source=None, # path of a notebook or of a Python file; None: the whole package counts
-                 root=None    # folder that holds `vae_nb/`; default: the project's
+                 root=None    # of the project; default: the current one
                 )->str:
     "Hash of the package's source, as far as `source` uses it. What runs other notebooks uses all of it, and every experiment."
-    s = load_settings(); root = Path(root or s.root); folder = root/'vae_nb'; used = used_modules(source, root) if source else None
-    every = used is None or folder/_runs_others in used
-    # nbdev's index of names changes with the documentation's address, and no result depends on it
-    files = sorted(f for f in (folder.rglob('*.py') if every else used) if f.name != '_modidx.py')
-    texts = [t for f in files for t in (str(f.relative_to(root)), f.read_bytes())]
-    if used is not None and every:
-        for f in sorted((s.experiments if root == s.root else root/s.experiments.name).glob('*')):
-            if f.suffix == '.ipynb': texts += [f.name, hash_notebook(f)]
-            elif f.suffix == '.yaml': texts += [f.name, f.read_bytes()]
+    folder = package_folder(root); used = used_modules(source, root) if source else _modules(folder); pages = []
+    if source and folder/_runs_others in used:
+        used, pages = _modules(folder), sorted(f for f in load_settings(root).experiments.glob('[!.]*') if f.suffix in ('.ipynb', '.yaml'))
+    texts = [t for f in sorted(used) for t in (f.relative_to(folder).as_posix(), f.read_bytes())]
+    for f in filter(Path.is_file, pages):
+        content = f.read_bytes()
+        with contextlib.suppress(UserError): content = hash_notebook(f) if f.suffix == '.ipynb' else content     # else as it is
+        texts += [f.name, content]
     return hash_text(*texts)
 
 # %% ../nbs/00_core.ipynb #c0693ec1

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 # %% ../nbs/91_train.ipynb #e33dce5e
-from .core import hash_package, hash_text, load_settings, pick_device, plural
+from .core import hash_package, hash_text, load_settings, package_folder, pick_device, plural
 from .training.config import TrainConfig
 from .training.signals import score_text
 from .training.trainer import find_data, fit, load_data
@@ -22,7 +22,7 @@ def train_folder(config:TrainConfig,
     "`runs/train/KEY`: the key stands for the configuration, the data's bytes and the modules that train."
     content = [find_data(config.data_path).read_bytes()] if data is None else [getattr(data, k).numpy().tobytes() for k in ('train', 'val')]
     return load_settings().runs/'train'/hash_text(json.dumps(config.model_dump(), sort_keys=True), *content,
-                                                  hash_package(load_settings().root/'vae_nb'/'train.py'))
+                                                  hash_package(package_folder()/'train.py'))
 
 # %% ../nbs/91_train.ipynb #808af47e
 def train(config:TrainConfig=None, # everything that shapes the run; default: TrainConfig()

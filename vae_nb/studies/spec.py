@@ -17,8 +17,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 # %% ../../nbs/62_spec.ipynb #85fe381a
-from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, load_settings, nearest, to_jsonable
-from ..runs import _coerce, load_profiles, notebook_parameters, resolve_params, run_key
+from ..core import UserError, check_choice, check_seed, hash_notebook, hash_package, hash_text, load_settings, nearest, to_jsonable
+from ..runs import _coerce, load_profiles, notebook_parameters, resolve_params
 from .runner import find_notebook
 
 # %% ../../nbs/62_spec.ipynb #e864b5e0
@@ -340,7 +340,7 @@ def jobs_of(spec:Spec,
             p, needs = base[c] | dict(seed=s), spec.needs.get(c, {})
             if needs: p |= {n: f'{Path(load_settings().runs).name}/{notebook.stem}/{key[o]}' for n, o in needs.items()}
             # as `run_key`, without writing JSON and hashing the notebook's source for every cell
-            if needs: key[c] = run_key(notebook, p)
+            if needs: key[c] = hash_text(source, json.dumps(to_jsonable(p), sort_keys=True), package)
             else: h = start.copy(); h.update(str(s).join(text[c]).encode() + end); key[c] = h.hexdigest()[:12]
             res.append(Job(key[c], spec.study, c, s, name_, p, first[s], r.cpus, r.gpus, r.timeout,
                            tuple(key[o] for o in needs.values()), spec.kind))
