@@ -155,11 +155,11 @@ def test_a_study_on_ray_over_two_machines_of_which_one_dies(tmp_path, ray_machin
     run_and_lose_a_machine(tmp_path, *ray_machines(1, 1), 'ray')
 
 def test_a_study_on_ray_says_what_it_waits_for_when_the_only_machine_that_could_hold_it_dies(tmp_path, ray_machines):
-    alpha, beta = ray_machines(1, 2); study = Study(tmp_path, alpha, 'ray'); study.page(1, cpus=2)
-    p = study.start(); assert set(study.running(1)) == {'beta'}; beta.off()
+    alpha, beta = ray_machines(3, 5); study = Study(tmp_path, alpha, 'ray'); study.page(1, cpus=4)    # eight cores, but room for one
+    p = study.start(); assert set(study.running(1)) == {'beta'}; beta.off()                           # the other is in Ray's queue
     wait_for(lambda: 'Waiting: ' in study.said(), 90, 'a word on what it waits for'); assert p.poll() is None
     line, = [l for l in study.said().splitlines() if l.startswith('Waiting: ')]
-    assert 'needs 2 cores and 0 GPUs, but there are 1 core and 0 GPUs here' in line
+    assert 'needs 4 cores and 0 GPUs, but there are 3 cores and 0 GPUs here' in line
     study.interrupt(); study.ended(p, code=130)
     study.page(1, cpus=1); (tmp_path/'go').touch(); p = study.start(); study.ended(p); study.check_whole(2)
 

@@ -1321,6 +1321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'vae_nb.studies.clusters.import_ray': ('clusters.html#import_ray', 'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.make_dispatcher': ( 'clusters.html#make_dispatcher',
                                                                                       'vae_nb/studies/clusters.py'),
+                                         'vae_nb.studies.clusters.queue': ('clusters.html#queue', 'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.slurm_nodes': ('clusters.html#slurm_nodes', 'vae_nb/studies/clusters.py'),
                                          'vae_nb.studies.clusters.slurm_script': ( 'clusters.html#slurm_script',
                                                                                    'vae_nb/studies/clusters.py')},

@@ -218,7 +218,7 @@ class Hands:
     "The jobs that were started here and have not come back, and when one that came back unfinished may start again."
     def __init__(self, dispatcher, most=None):
         self.dispatcher, self.most = dispatcher, most
-        self.jobs, self.waits, self.tries, self.edited = {}, {}, {}, False
+        self.jobs, self.words, self.waits, self.tries, self.edited, self.asked, self.why = {}, {}, {}, {}, False, 0., ''
 
     def free(self, d)->Slots:
         "What `d` has free, less what this loop was told to leave."
@@ -236,17 +236,28 @@ class Hands:
 
     def look(self):
         "Let go of what has ended."
-        for h, word in self.dispatcher.poll(list(self.jobs)).items():
+        self.words = self.dispatcher.poll(list(self.jobs))
+        for h, word in self.words.items():
             if word.startswith(('ended', 'lost')):
                 key = self.jobs.pop(h); n = self.tries[key] = self.tries.get(key, 0) + 1
                 self.waits[key] = time.time() + min(60., .5*2**n); self.edited |= 'edited' in word
 
-    def idle(self, rows)->str: # '' while something is at work, or could be
-        "What the rest waits for, of which nothing fits on the machines there are: one may have died that could hold it."
-        if self.jobs or not any(r.state in ('pending', 'stale') for r in rows): return ''
-        with contextlib.suppress(UserError):                   # an engine that is silent has a patience of its own
-            return next((why for d, mine in split(self.dispatcher, rows) if (why := unfit(mine, d.slots(whole=True)))), '')
-        return ''
+    def idle(self, rows, every=5.)->str: # '' if something is at work, or could be
+        "What the rest waits for, if none of it fits on the machines there are: the one that could hold it may have died."
+        stuck, done = blocked(rows), {r.key for r in rows if r.state == 'done'}
+        ready = [r for r in rows if r.state in ('pending', 'stale') and r.key not in stuck and done.issuperset(r.needs)]
+        moves = any(r.state == 'running' for r in rows) or any(self.words.get(h) != 'queued' for h in self.jobs)
+        if moves or self.edited or not ready: return ''
+        if time.time() < self.asked + every: return self.why         # a scheduler of a cluster is not to be asked all the time
+        self.asked, self.why, first = time.time(), '', ''
+        with contextlib.suppress(UserError):                         # an engine that is silent has a patience of its own
+            for d, mine in split(self.dispatcher, ready):
+                whole = d.slots(whole=True)
+                for r in mine:
+                    if not (why := unfit([r], whole)): return ''
+                    first = first or why
+            self.why = first
+        return self.why
 
 # %% ../nbs/95_study.ipynb #2b86003d
 @contextlib.contextmanager
@@ -269,9 +280,10 @@ def run_jobs(study, dispatcher, most=None, show=True, every=.5)->list: # the row
     try:
         with raising_signals():
             while True:
-                hands.look(); rows = study.rows(); screen.update(rows, hands.idle(rows))
-                if not hands.jobs and (hands.edited or at_end(rows)): break
+                hands.look(); rows = study.rows(); over = not hands.jobs and (hands.edited or at_end(rows))
                 if not hands.edited: hands.start(rows)
+                screen.update(rows, hands.idle(rows))
+                if over: break
                 time.sleep(every)
     finally:
         dispatcher.close(); screen.close()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['start_line', 'sky_fields', 'sky_resources', 'dispatchers', 'across_machines', 'import_ray', 'RayDispatcher', 'Queue',
-           'slurm_script', 'slurm_nodes', 'SlurmDispatcher', 'check_sky', 'SkypilotDispatcher', 'make_dispatcher']
+           'queue', 'slurm_script', 'slurm_nodes', 'SlurmDispatcher', 'check_sky', 'SkypilotDispatcher',
+           'make_dispatcher']
 
 # %% ../../nbs/67_clusters.ipynb #5fe5a7e9
 import contextlib, inspect, json, math, os, re, secrets, shlex, shutil, signal, sqlite3, subprocess, sys, tempfile, threading, time
@@ -18,7 +19,7 @@ from ..core import UserError, atomic_write, check_choice, nearest, plural
 from .dispatch import (Engine, LocalDispatcher, end_job, job_env, kill_all, machine_cpus, machine_gpus, processes,
                                      worker_processes)
 from .runner import find_notebook
-from .scheduler import Slots, together
+from .scheduler import Machines, Slots, together
 from .store import Store, derive_state, this_host
 from .worker import exit_words, worker_argv
 
@@ -133,7 +134,9 @@ def slots(self:RayDispatcher, whole=False)->Slots:
     if whole: return s
     mine = [self.jobs[h] for h in self.active()]; keys = {j.key for j in mine}
     others = [] if self.address else [SimpleNamespace(**r) for r in self.store.busy(this_host()) if r['key'] not in keys]
-    for j in mine + others: s = s.take(j) or replace(s, cpus=0)
+    whole = s
+    for j in mine + others:
+        if whole.take(j): s = s.take(j) or replace(s, cpus=0)      # else the machine it was for is gone: it waits, and takes nothing
     if self.ray is None: return s
     free = self.ray.available_resources()                  # somebody else may use the same Ray
     gpus = list(s.gpus); over = sum(gpus) - free.get('GPU', 0.)
@@ -218,13 +221,16 @@ def _own_signals():
 
 # %% ../../nbs/67_clusters.ipynb #214f88ec
 @dataclass(frozen=True)
-class Queue(Slots):
-    "Places in a queue; cores and cards are those of the largest job."
+class Queue(Machines):
+    "Places in a queue; cores and cards are those of the machines."
     jobs:int = 0
 
     def take(self, job):
         if not self.jobs or super().take(job) is None: return None
-        return Queue(self.cpus if self.jobs > 1 else 0, self.gpus, self.jobs - 1)    # no cores: the scheduler looks no further
+        return replace(self, cpus=self.cpus if self.jobs > 1 else 0, jobs=self.jobs - 1)    # no cores: the scheduler looks no further
+
+def queue(machines, jobs)->Queue: # `Slots` of each machine, and free places
+    m = together(machines); return Queue(m.cpus if jobs > 0 else 0, m.gpus, m.each, max(0, jobs))
 
 # %% ../../nbs/67_clusters.ipynb #78a4d2d7
 def slurm_script(job, argv, name, root, log, env,
@@ -362,16 +368,16 @@ def _look(self:SlurmDispatcher, h, states):
 @patch
 def slots(self:SlurmDispatcher, whole=False)->Slots:
     nodes = self.nodes()
-    if nodes is None and whole: self.ask('scontrol', 'ping')
-    total = together([n['whole'] for n in nodes or ()])
+    if nodes is None and whole: self.ask('scontrol', 'ping'); nodes = self.nodes()       # silent: say so; back again: ask again
+    machines = [n['whole'] for n in nodes or ()]; total = together(machines)
     if self.max_jobs is not None:
-        if whole: return Queue(total.cpus, total.gpus, self.max_jobs)
-        left = max(0, self.max_jobs - sum(w in ('queued', 'running') for w in self.poll(self.active()).values()))
-        return Queue(total.cpus if left else 0, total.gpus, left)
+        used = 0 if whole else sum(w in ('queued', 'running') for w in self.poll(self.active()).values())
+        return queue(machines, self.max_jobs - used)
     if whole: return total
     queued = [self.jobs[h] for h, w in self.poll(self.active()).items() if w == 'queued']
     s = replace(total, cpus=sum(n['free'].cpus for n in nodes or ()), gpus=tuple(g for n in nodes or () for g in n['free'].gpus))
-    for j in queued: s = s.take(j) or replace(s, cpus=0)
+    for j in queued:
+        if total.take(j): s = s.take(j) or replace(s, cpus=0)
     return s
 
 # %% ../../nbs/67_clusters.ipynb #7ed9a17f
@@ -503,8 +509,8 @@ def cancel(self:SkypilotDispatcher, handle, force=False): # SkyPilot has one way
 
 @patch
 def slots(self:SkypilotDispatcher, whole=False)->Slots:
-    left = self.max_jobs - (0 if whole else len(self.active())); gpu = self.accelerator or 'accelerators' in self.resources
-    return Queue(1024 if left > 0 else 0, (1.,)*(self.cards if gpu else 0), max(0, left))
+    gpu = self.accelerator or 'accelerators' in self.resources
+    return queue([Slots(1024, (1.,)*(self.cards if gpu else 0))], self.max_jobs - (0 if whole else len(self.active())))
 
 # %% ../../nbs/67_clusters.ipynb #26b5b1b8
 dispatchers = dict(local=LocalDispatcher, ray=RayDispatcher, slurm=SlurmDispatcher, skypilot=SkypilotDispatcher)

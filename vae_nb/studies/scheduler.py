@@ -48,8 +48,9 @@ class Machines(Slots):
         return left and Machines(left.cpus, left.gpus, self.each)
 
     def __str__(self):
-        most = Slots(max((m.cpus for m in self.each), default=0), max((m.gpus for m in self.each), key=len, default=()))
-        return f'at most {most} on any of {len(self.each)} machines' if len(self.each) > 1 else str(most)
+        sizes = dict.fromkeys((m.cpus, len(m.gpus)) for m in self.each)
+        most = [Slots(c, (1.,)*g) for c, g in sizes if not any(a >= c and b >= g for a, b in sizes if (a, b) != (c, g))]
+        return ' or '.join(map(str, most or [Slots(0)])) + ' on one machine'*(len(self.each) > 1)
 
 def together(machines)->Machines: # `Slots` of each, empty
     return Machines(sum(m.cpus for m in machines), tuple(g for m in machines for g in m.gpus), tuple(machines))
