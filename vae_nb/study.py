@@ -281,7 +281,7 @@ def run_jobs(study, dispatcher, most=None, show=True, every=.5)->list: # the row
         with raising_signals():
             while True:
                 hands.look(); rows = study.rows(); over = not hands.jobs and (hands.edited or at_end(rows))
-                if not hands.edited: hands.start(rows)
+                if not (over or hands.edited): hands.start(rows)
                 screen.update(rows, hands.idle(rows))
                 if over: break
                 time.sleep(every)

@@ -134,9 +134,8 @@ def slots(self:RayDispatcher, whole=False)->Slots:
     if whole: return s
     mine = [self.jobs[h] for h in self.active()]; keys = {j.key for j in mine}
     others = [] if self.address else [SimpleNamespace(**r) for r in self.store.busy(this_host()) if r['key'] not in keys]
-    whole = s
-    for j in mine + others:
-        if whole.take(j): s = s.take(j) or replace(s, cpus=0)      # else the machine it was for is gone: it waits, and takes nothing
+    mine = [j for j in mine if s.take(j)]                  # else the machine it was for is gone: it waits, and takes nothing
+    for j in mine + others: s = s.take(j) or replace(s, cpus=0)
     if self.ray is None: return s
     free = self.ray.available_resources()                  # somebody else may use the same Ray
     gpus = list(s.gpus); over = sum(gpus) - free.get('GPU', 0.)

@@ -44,8 +44,9 @@ class Machines(Slots):
     each:tuple = ()   # `Slots` of each when it is empty
 
     def take(self, job):
-        left = super().take(job) if any(m.take(job) for m in self.each) else None
-        return left and Machines(left.cpus, left.gpus, self.each)
+        left = super().take(job)
+        if left is None or not any(m.take(job) for m in self.each): return None
+        return replace(self, cpus=left.cpus, gpus=left.gpus)
 
     def __str__(self):
         sizes = dict.fromkeys((m.cpus, len(m.gpus)) for m in self.each)
