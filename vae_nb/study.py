@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # %% ../nbs/95_study.ipynb #1c96c598
+from fastcore.basics import patch
 from .core import UserError, check_choice, load_settings, plural, project_path, read_json
 from .runs import load_profiles, markdown_table, notebook_parameters
 from .studies.clusters import make_dispatcher
@@ -242,22 +243,24 @@ class Hands:
                 key = self.jobs.pop(h); n = self.tries[key] = self.tries.get(key, 0) + 1
                 self.waits[key] = time.time() + min(60., .5*2**n); self.edited |= 'edited' in word
 
-    def idle(self, rows, every=5.)->str: # '' if something is at work, or could be
-        "What the rest waits for, if none of it fits on the machines there are: the one that could hold it may have died."
-        stuck, done = blocked(rows), {r.key for r in rows if r.state == 'done'}
-        ready = [r for r in rows if r.state in ('pending', 'stale') and r.key not in stuck and done.issuperset(r.needs)]
-        moves = any(r.state == 'running' for r in rows) or any(self.words.get(h) != 'queued' for h in self.jobs)
-        if moves or self.edited or not ready: return ''
-        if time.time() < self.asked + every: return self.why         # a scheduler of a cluster is not to be asked all the time
-        self.asked, self.why, first = time.time(), '', ''
-        with contextlib.suppress(UserError):                         # an engine that is silent has a patience of its own
-            for d, mine in split(self.dispatcher, ready):
-                whole = d.slots(whole=True)
-                for r in mine:
-                    if not (why := unfit([r], whole)): return ''
-                    first = first or why
-            self.why = first
-        return self.why
+# %% ../nbs/95_study.ipynb #500a6fd6
+@patch
+def idle(self:Hands, rows, every=5.)->str: # '' if something is at work, or could be
+    "What the rest waits for, if none of it fits on the machines there are: the one that could hold it may have died."
+    stuck, done = blocked(rows), {r.key for r in rows if r.state == 'done'}
+    ready = [r for r in rows if r.state in ('pending', 'stale') and r.key not in stuck and done.issuperset(r.needs)]
+    moves = any(r.state == 'running' for r in rows) or any(self.words.get(h) != 'queued' for h in self.jobs)
+    if moves or self.edited or not ready: return ''
+    if time.time() < self.asked + every: return self.why         # a scheduler of a cluster is not to be asked all the time
+    self.asked, self.why, first = time.time(), '', ''
+    with contextlib.suppress(UserError):                         # an engine that is silent has a patience of its own
+        for d, mine in split(self.dispatcher, ready):
+            whole = d.slots(whole=True)
+            for r in mine:
+                if not (why := unfit([r], whole)): return ''
+                first = first or why
+        self.why = first
+    return self.why
 
 # %% ../nbs/95_study.ipynb #2b86003d
 @contextlib.contextmanager
